@@ -1,0 +1,76 @@
+"""Lazy registration of every genkit module in ``sys.modules``.
+
+Diffusers loads a component whose class lives outside Diffusers only if the class's module is *already* in
+``sys.modules``. Importing all of genkit's modules eagerly would import torch, so each one is registered as a module
+object that executes on the first attribute asked of it.
+"""
+
+import importlib.util
+import pkgutil
+import sys
+import threading
+from types import ModuleType
+
+_lock = threading.RLock()
+
+
+class _LazyModule(ModuleType):
+    """A module that runs its source when the first attribute that it lacks is asked for."""
+
+    def __getattr__(self, name: str):
+        # Scanners of sys.modules (inspect, warnings, pytest) probe dunder names; they must not trigger imports.
+        if name.startswith("__") and name != "__all__":
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+        with _lock:
+            if type(self) is _LazyModule and not self.__dict__.get("_genkit_running"):
+                self.__dict__["_genkit_running"] = True
+                before = set(self.__dict__)
+                try:
+                    self.__spec__.loader.exec_module(self)
+                except BaseException:
+                    # Leave it as it was, so that the next access reports the same error, not a half-made module.
+                    for key in set(self.__dict__) - before:
+                        del self.__dict__[key]
+                    raise
+                else:
+                    self.__class__ = ModuleType
+                finally:
+                    del self.__dict__["_genkit_running"]
+        try:
+            return self.__dict__[name]
+        except KeyError:
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}") from None
+
+
+def _register(fullname: str) -> ModuleType | None:
+    if fullname in sys.modules:
+        return sys.modules[fullname]
+    spec = importlib.util.find_spec(fullname)
+    if spec is None or spec.loader is None:
+        return None
+    module = _LazyModule(fullname)
+    module.__spec__ = spec
+    module.__loader__ = spec.loader
+    module.__file__ = spec.origin
+    module.__cached__ = spec.cached
+    is_package = spec.submodule_search_locations is not None
+    module.__package__ = fullname if is_package else fullname.rpartition(".")[0]
+    if is_package:
+        module.__path__ = spec.submodule_search_locations
+    sys.modules[fullname] = module
+    parent, _, child = fullname.rpartition(".")
+    sys.modules[parent].__dict__[child] = module
+    return module
+
+
+def register_tree(fullname: str) -> None:
+    """Register ``fullname`` and everything below it, executing nothing."""
+    module = _register(fullname)
+    for info in pkgutil.iter_modules(getattr(module, "__path__", [])):
+        if info.name.startswith("__"):
+            continue
+        child = f"{fullname}.{info.name}"
+        if info.ispkg:
+            register_tree(child)
+        else:
+            _register(child)

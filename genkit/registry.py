@@ -1,0 +1,56 @@
+"""Find the members of a family (guiders, schedulers, objectives, metrics ...) by walking its folder.
+
+A member's name is the name of the file it is defined in, so adding a file adds the method.
+"""
+
+import difflib
+import importlib
+import pkgutil
+from functools import cache
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+@cache
+def members(package: str, base: type[T]) -> dict[str, type[T]]:
+    """``{file name: class}`` for every public subclass of ``base`` defined in a file of ``package``.
+
+    Raises:
+        TypeError: a file defines more than one such class (its name would be ambiguous).
+    """
+    found: dict[str, type[T]] = {}
+    for info in pkgutil.iter_modules(importlib.import_module(package).__path__):
+        if info.name.startswith("_"):
+            continue
+        module = importlib.import_module(f"{package}.{info.name}")
+        classes = [
+            value
+            for value in vars(module).values()
+            if isinstance(value, type)
+            and issubclass(value, base)
+            and value is not base
+            and value.__module__ == module.__name__
+            and not value.__name__.startswith("_")
+        ]
+        if len(classes) > 1:
+            raise TypeError(f"{module.__name__} defines {[c.__name__ for c in classes]}; one {base.__name__} a file")
+        if classes:
+            found[info.name] = classes[0]
+    return found
+
+
+def lookup(package: str, base: type[T], name: str, *, setting: str) -> type[T]:
+    """The member called ``name``, or a ``ValueError`` that names the setting, the value and the choices."""
+    known = members(package, base)
+    if name not in known:
+        raise ValueError(unknown(setting, name, known))
+    return known[name]
+
+
+def unknown(setting: str, value: object, accepted) -> str:
+    """The text of an error about ``value``: what was set, what was got, what is accepted, and the nearest match."""
+    accepted = sorted(map(str, accepted))
+    near = difflib.get_close_matches(str(value), accepted, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return f"{setting}={value!r} is not known{hint} Accepted: {', '.join(accepted)}."
