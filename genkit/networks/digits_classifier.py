@@ -1,6 +1,5 @@
 """The classifier whose features measure generated digits."""
 
-import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
@@ -9,9 +8,9 @@ from torch import Tensor, nn
 class DigitsClassifier(ModelMixin, ConfigMixin):
     """Class logits and features of 8x8 one-channel digits.
 
-    Three 3x3 convolutions (8x8, 4x4, 4x4) whose last map is pooled to 2x2 and read by one linear layer. That layer's
-    output *before* its non-linearity is the feature: keeping the 2x2 layout and the negative half keeps stroke
-    position and thickness in it, where a globally pooled, rectified feature collapses towards one point a class.
+    Three 3x3 convolutions (8x8, 4x4, 4x4), pooled to 2x2 and never further: stroke position and thickness then reach
+    the features, which a globally pooled classifier would collapse towards one point a class. The feature is the
+    penultimate activation, the vector of which the logits are a linear function.
 
     Args:
         channels: width of the first convolution; the other two are twice as wide.
@@ -33,8 +32,9 @@ class DigitsClassifier(ModelMixin, ConfigMixin):
             nn.AvgPool2d(2),
             nn.Flatten(),
             nn.Linear(8 * channels, feature_dim),
+            nn.SiLU(),
         )
-        self.head = nn.Sequential(nn.SiLU(), nn.Dropout(dropout), nn.Linear(feature_dim, num_classes))
+        self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(feature_dim, num_classes))
 
     def features(self, images: Tensor) -> Tensor:
         """``(B, 1, 8, 8)`` in [-1, 1] -> ``(B, feature_dim)``, unnormalised."""

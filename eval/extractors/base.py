@@ -1,0 +1,100 @@
+"""What a feature extractor is, and the loop that runs one over batches of images."""
+
+import contextlib
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from genkit.registry import lookup
+
+
+@dataclass(frozen=True)
+class Features:
+    """``features`` float32 ``(B, d)``; ``logits`` ``(B, K)`` where the extractor classifies."""
+
+    features: Tensor
+    logits: Tensor | None = None
+
+
+class Extractor(ABC):
+    """Images to features.
+
+    ``id`` names everything that changes a feature: network, resize rule, weights hash. Distances between features of
+    different ids mean nothing, so every result carries it. ``dim`` is the size of a feature.
+    """
+
+    id: str
+    dim: int
+
+    @abstractmethod
+    def __call__(self, images: Tensor) -> Features:
+        """uint8 ``(B, C, H, W)`` -> ``Features``. Raises ``ValueError`` on channels or sizes it does not take."""
+
+    def to(self, device: torch.device | str) -> "Extractor":
+        """Move to ``device``; extractors that hold a network override this."""
+        return self
+
+
+class CallableExtractor(Extractor):
+    """Any function of uint8 ``(B, C, H, W)`` that returns ``(B, d)`` as an extractor; give it an ``id`` of your own."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor], dim: int, id: str):
+        self.function, self.dim, self.id = function, dim, id
+
+    def __call__(self, images: Tensor) -> Features:
+        features = self.function(images)
+        if not isinstance(features, Tensor) or features.shape != (len(images), self.dim):
+            got = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+            raise ValueError(f"extractor {self.id!r} returned {got}; expected a tensor ({len(images)}, {self.dim})")
+        return Features(features.float())
+
+
+def get_extractor(extractor: "str | Extractor") -> Extractor:
+    """An extractor as it is, or the one whose file in ``eval/extractors`` bears this name."""
+    if isinstance(extractor, Extractor):
+        return extractor
+    if isinstance(extractor, str):
+        return lookup("genkit.eval.extractors", Extractor, extractor, setting="extractor")()
+    raise ValueError(f"extractor={extractor!r}: expected a name or an Extractor (wrap functions in CallableExtractor)")
+
+
+def check_images(images: Tensor, *, channels: int, size: tuple[int, int], extractor: str) -> None:
+    """Raise ``ValueError`` unless ``images`` is uint8 ``(B, channels, *size)``."""
+    if images.dtype != torch.uint8:
+        raise ValueError(f"extractor {extractor!r} takes uint8 images, got {images.dtype}; see inputs.to_uint8")
+    if images.ndim != 4 or tuple(images.shape[1:]) != (channels, *size):
+        want = f"(B, {channels}, {size[0]}, {size[1]})"
+        raise ValueError(f"extractor {extractor!r} takes images {want}, got {tuple(images.shape)}")
+
+
+def file_hash(path: Path) -> str:
+    """The first 12 hexadecimal digits of a file's SHA-256: the weights' part of an extractor's id."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+
+
+@contextlib.contextmanager
+def full_float32() -> Iterator[None]:
+    """Turn TF32 off: with it features depend on the batch size by about 1e-3."""
+    backends = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn)
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        yield
+    finally:
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
+
+
+def extract(extractor: Extractor, batches: Iterable[Tensor], device: torch.device | str = "cpu") -> Iterator[Features]:
+    """Features of each batch of uint8 ``(B, C, H, W)``, on the CPU: no gradients, no autocast, no TF32."""
+    extractor = extractor.to(device)
+    for batch in batches:
+        with torch.no_grad(), full_float32(), torch.autocast(torch.device(device).type, enabled=False):
+            out = extractor(batch.to(device))
+        yield Features(out.features.cpu(), None if out.logits is None else out.logits.cpu())

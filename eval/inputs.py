@@ -1,0 +1,173 @@
+"""Sets of images to evaluate: tensors, folders, ``.npz`` files and the embedded digits, all read as uint8 batches."""
+
+import json
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+MODES = {"1": "L", "L": "L", "P": "RGB", "RGB": "RGB"}
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """n images of one size: ``load(indices)`` gives uint8 ``(B, C, H, W)``, ``labels`` is ``(n,)`` where known."""
+
+    name: str
+    n: int
+    load: Callable[[Tensor], Tensor]
+    labels: Tensor | None = None
+
+    def batches(self, batch_size: int) -> Iterator[Tensor]:
+        for indices in torch.arange(self.n).split(batch_size):
+            yield self.load(indices)
+
+    def subset(self, indices: Tensor) -> "ImageSet":
+        labels = None if self.labels is None else self.labels[indices]
+        return ImageSet(self.name, len(indices), lambda chosen: self.load(indices[chosen]), labels)
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Float images in [-1, 1] to uint8 by round((x + 1) 127.5); values outside are clamped, NaN raises ``ValueError``."""
+    if not images.is_floating_point():
+        raise ValueError(f"to_uint8 takes float images in [-1, 1], got {images.dtype}")
+    if images.isnan().any():
+        raise ValueError("to_uint8: the images contain NaN")
+    return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def read_images(source: "ImageSet | Tensor | tuple[Tensor, Tensor] | str | Path") -> ImageSet:
+    """Images from ``source``.
+
+    ``source`` is uint8 ``(n, C, H, W)``; a pair of that and labels ``(n,)``; a folder (labels from ``metadata.jsonl``
+    with ``file_name`` and ``label``, else from sub-folders); a ``.npz`` with ``arr_0`` or ``images``, and labels in
+    ``arr_1`` or ``labels``; or the word ``"digits"``, scikit-learn's 1797 digits.
+
+    Raises:
+        ValueError: no images, an image that cannot be read (named), mixed sizes or modes, another dtype than uint8.
+        FileNotFoundError: no such file or folder.
+    """
+    if isinstance(source, ImageSet):
+        return source
+    if isinstance(source, Tensor):
+        return _from_tensor("tensor", source, None)
+    if isinstance(source, tuple):
+        return _from_tensor("tensor", *source)
+    if source == "digits":
+        return _digits()
+    path = Path(source)
+    if path.is_dir():
+        return _from_folder(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or folder (images come from a folder, a .npz or 'digits')")
+    if path.suffix == ".npz":
+        return _from_npz(path)
+    raise ValueError(f"{path}: expected a folder of images or a .npz file")
+
+
+def _from_tensor(name: str, images: Tensor, labels: Tensor | None) -> ImageSet:
+    if images.dtype != torch.uint8 or images.ndim != 4:
+        hint = "; to_uint8 converts floats in [-1, 1]" if images.is_floating_point() else ""
+        raise ValueError(f"{name}: images must be uint8 (n, C, H, W), got {images.dtype} {tuple(images.shape)}{hint}")
+    if not len(images):
+        raise ValueError(f"{name}: no images")
+    if labels is not None and (labels.ndim != 1 or len(labels) != len(images) or labels.is_floating_point()):
+        raise ValueError(f"{name}: labels must be {len(images)} integers, got {labels.dtype} {tuple(labels.shape)}")
+    return ImageSet(name, len(images), lambda indices: images[indices], None if labels is None else labels.cpu())
+
+
+def _digits() -> ImageSet:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = to_uint8(torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 8 - 1)
+    return _from_tensor("digits", images, torch.tensor(digits.target))
+
+
+def _from_npz(path: Path) -> ImageSet:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {key: file[key] for key in file}
+    except (ValueError, zipfile.BadZipFile, EOFError) as error:
+        raise ValueError(f"{path}: not a readable .npz ({error})") from error
+    images = next((arrays[key] for key in ("images", "arr_0") if key in arrays), None)
+    if images is None:
+        raise ValueError(f"{path}: expected an array 'images' or 'arr_0', found {sorted(arrays)}")
+    if images.ndim == 3:
+        images = images[..., None]
+    if images.dtype != np.uint8 or images.ndim != 4:
+        raise ValueError(f"{path}: images must be uint8 of 3 or 4 dimensions, got {images.dtype} {images.shape}")
+    last, first = images.shape[3] in (1, 3), images.shape[1] in (1, 3)
+    if last == first:
+        raise ValueError(f"{path}: cannot tell which axis of {images.shape} holds the 1 or 3 channels")
+    labels = next((arrays[key] for key in ("labels", "arr_1") if key in arrays), None)
+    batch = torch.from_numpy(images)
+    return _from_tensor(
+        path.name,
+        batch.permute(0, 3, 1, 2) if last else batch,
+        None if labels is None else torch.from_numpy(labels),
+    )
+
+
+def _from_folder(folder: Path) -> ImageSet:
+    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+    if not files:
+        raise ValueError(f"{folder}: no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    kinds = [_kind(path) for path in files]
+    for path, kind in zip(files, kinds, strict=True):
+        if kind != kinds[0]:
+            raise ValueError(f"mixed images: {files[0]} is {kinds[0]}, {path} is {kind} (mode, width, height)")
+    mode = kinds[0][0]
+
+    def load(indices: Tensor) -> Tensor:
+        return torch.stack([_decode(files[i], mode) for i in indices.tolist()])
+
+    return ImageSet(folder.name, len(files), load, _folder_labels(folder, files))
+
+
+def _kind(path: Path) -> tuple[str, int, int]:
+    """Mode after decoding, width and height, from the file's header alone."""
+    try:
+        with Image.open(path) as image:
+            mode, size = image.mode, image.size
+    except (UnidentifiedImageError, OSError) as error:
+        raise ValueError(f"{path}: cannot be read as an image ({error})") from error
+    if mode not in MODES:
+        raise ValueError(f"{path}: image mode {mode!r} is not taken. Accepted: {', '.join(MODES)}.")
+    return MODES[mode], *size
+
+
+def _decode(path: Path, mode: str) -> Tensor:
+    try:
+        with Image.open(path) as image:
+            pixels = np.array(image.convert(mode))
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"{path}: cannot be decoded ({error})") from error
+    return torch.from_numpy(np.atleast_3d(pixels)).permute(2, 0, 1)
+
+
+def _folder_labels(folder: Path, files: list[Path]) -> Tensor | None:
+    """Labels of ``metadata.jsonl``; else of sub-folders, by number where all names are numbers, else in sorted order."""
+    metadata = folder / "metadata.jsonl"
+    if metadata.exists():
+        rows = [json.loads(line) for line in metadata.read_text(encoding="utf-8").splitlines() if line.strip()]
+        known = {row["file_name"]: row["label"] for row in rows if "file_name" in row and "label" in row}
+        if not known:
+            return None
+        names = [path.relative_to(folder).as_posix() for path in files]
+        absent = [name for name in names if name not in known]
+        if absent:
+            raise ValueError(f"{metadata}: no label for {absent[0]} ({len(absent)} images lack one)")
+        return torch.tensor([int(known[name]) for name in names])
+    classes = [path.relative_to(folder).parts[0] if path.parent != folder else None for path in files]
+    if None in classes:
+        return None
+    names = sorted(set(classes))
+    numbers = {name: int(name) if all(n.isdecimal() for n in names) else i for i, name in enumerate(names)}
+    return torch.tensor([numbers[name] for name in classes])

@@ -1,0 +1,121 @@
+"""Streaming mean and covariance of features, mergeable across batches and processes."""
+
+import json
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class FeatureStats:
+    """Count, mean and scatter of feature rows in float64.
+
+    With M = sum (x - mean)(x - mean)^T, two sets a and b merge exactly:
+    delta = mean_b - mean_a, n = n_a + n_b, mean = mean_a + delta n_b / n, M = M_a + M_b + delta delta^T n_a n_b / n
+    (Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979). A sum of
+    outer products minus n mean mean^T, the usual shortcut, cancels when the mean is large.
+
+    ``n`` is None only for statistics read from a file that does not say how many images it was made from; those have a
+    covariance, but cannot be updated or merged.
+    """
+
+    def __init__(self, dim: int):
+        self.n: int | None = 0
+        self.mean = torch.zeros(dim, dtype=torch.float64)
+        self.scatter = torch.zeros(dim, dim, dtype=torch.float64)
+        self.meta: dict = {}
+        self._covariance: Tensor | None = None
+
+    @property
+    def dim(self) -> int:
+        return len(self.mean)
+
+    @property
+    def covariance(self) -> Tensor:
+        """M / (n - 1), shape ``(d, d)``. Raises ``ValueError`` for n < 2."""
+        if self._covariance is not None:
+            return self._covariance
+        if self.n < 2:
+            raise ValueError(f"a covariance needs at least 2 samples, got n={self.n}")
+        return self.scatter / (self.n - 1)
+
+    def update(self, features: Tensor) -> "FeatureStats":
+        """Add rows ``(B, d)`` of any float dtype, in place. Raises ``ValueError`` on another d or a row not finite."""
+        if features.ndim != 2 or features.shape[1] != self.dim:
+            raise ValueError(f"features must be (B, {self.dim}), got {tuple(features.shape)}")
+        rows = features.detach().to("cpu", torch.float64)
+        bad = (~rows.isfinite().all(1)).nonzero().flatten()
+        if len(bad):
+            raise ValueError(
+                f"feature row {(self.n or 0) + int(bad[0])} is not finite ({len(bad)} such rows in this batch)"
+            )
+        if len(rows):
+            mean = rows.mean(0)
+            centred = rows - mean
+            self._add(len(rows), mean, centred.T @ centred)
+        return self
+
+    def merge(self, other: "FeatureStats") -> "FeatureStats":
+        """The statistics of both sets together, as a new object."""
+        if other.dim != self.dim:
+            raise ValueError(f"cannot merge statistics of {self.dim} and {other.dim} dimensions")
+        merged = FeatureStats(self.dim)
+        for part in (self, other):
+            if part.n is None:
+                raise ValueError("cannot merge statistics that do not say their n; load them with n=")
+            if part.n:
+                merged._add(part.n, part.mean, part.scatter)
+        return merged
+
+    def _add(self, n: int, mean: Tensor, scatter: Tensor) -> None:
+        if self.n is None:
+            raise ValueError("cannot update statistics that do not say their n; load them with n=")
+        total = self.n + n
+        delta = mean - self.mean
+        self.mean = self.mean + delta * (n / total)
+        self.scatter = self.scatter + scatter + torch.outer(delta, delta) * (self.n * n / total)
+        self.n = total
+
+    def save(self, path: str | Path, meta: dict | None = None) -> None:
+        """Write ``.npz`` with ``mu``, ``sigma`` (the names of clean-fid, pytorch-fid and ADM), ``n`` and JSON ``meta``."""
+        arrays = {"mu": self.mean.numpy(), "sigma": self.covariance.numpy()}
+        if self.n is not None:
+            arrays["n"] = np.array(self.n)
+        with open(path, "wb") as file:
+            np.savez(file, meta=np.array(json.dumps({**self.meta, **(meta or {})})), **arrays)
+
+    @classmethod
+    def load(cls, path: str | Path, n: int | None = None) -> "FeatureStats":
+        """Read ``.npz`` with ``mu`` and ``sigma``; ``n`` supplies a count that the file does not have.
+
+        Raises:
+            ValueError: not such a file, arrays that do not fit each other, or an ``n`` other than the file's.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                arrays = {key: file[key] for key in ("mu", "sigma", "n", "meta") if key in file}
+        except (ValueError, zipfile.BadZipFile, EOFError) as error:
+            raise ValueError(f"{path}: not a readable .npz of feature statistics ({error})") from error
+        if "mu" not in arrays or "sigma" not in arrays:
+            raise ValueError(f"{path}: statistics need arrays 'mu' and 'sigma'")
+        mean, covariance = (torch.from_numpy(np.asarray(arrays[k], dtype=np.float64)) for k in ("mu", "sigma"))
+        if mean.ndim != 1 or tuple(covariance.shape) != (len(mean), len(mean)):
+            raise ValueError(f"{path}: mu {tuple(mean.shape)} and sigma {tuple(covariance.shape)} do not fit together")
+        if not (mean.isfinite().all() and covariance.isfinite().all()):
+            raise ValueError(f"{path}: mu or sigma is not finite")
+        stored = int(arrays["n"]) if "n" in arrays else None
+        if n is not None and stored is not None and n != stored:
+            raise ValueError(f"{path}: n={n} was given, but the file says n={stored}")
+        count = stored if n is None else n
+        if count is not None and count < 2:
+            raise ValueError(f"{path}: statistics need n >= 2, got n={count}")
+        stats = cls(len(mean))
+        stats.n, stats.mean = count, mean
+        if count is None:
+            stats._covariance = covariance
+        else:
+            stats.scatter = covariance * (count - 1)
+        stats.meta = json.loads(str(arrays["meta"])) if "meta" in arrays else {}
+        return stats
