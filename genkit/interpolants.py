@@ -288,9 +288,7 @@ class DiscreteVP(Interpolant):
         if cumprod.ndim != 1 or not bool((cumprod[:-1] > cumprod[1:]).all()):
             raise ValueError(f"alphas_cumprod must be 1-D and strictly decreasing, got shape {tuple(cumprod.shape)}")
         if not (0 <= cumprod[-1] and cumprod[0] < 1):
-            raise ValueError(
-                f"alphas_cumprod must lie in [0, 1), got [{cumprod[-1].item():g}, {cumprod[0].item():g}]"
-            )
+            raise ValueError(f"alphas_cumprod must lie in [0, 1), got [{cumprod[-1].item():g}, {cumprod[0].item():g}]")
         self.num_train_timesteps = len(cumprod)
         cumprod = torch.cat((cumprod.new_ones(1), cumprod))
         self._angle = torch.atan2((1 - cumprod).sqrt(), cumprod.sqrt())
@@ -369,7 +367,12 @@ class VarianceExploding(Interpolant):
         return torch.log(self.sigma_max * t) / 4
 
 
-_FLOW = {"FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler", "FlowMapScheduler"}
+_FLOW = {
+    "FlowMatchEulerDiscreteScheduler",
+    "FlowMatchHeunDiscreteScheduler",
+    "FlowMatchLCMScheduler",
+    "FlowMapScheduler",
+}
 _EDM = {"EDMEulerScheduler", "EDMDPMSolverMultistepScheduler", "CosineDPMSolverMultistepScheduler"}
 
 

@@ -68,6 +68,12 @@ class Condition:
         """The items at ``index`` (a slice, a list or an int64 tensor)."""
         return self._map(lambda v: v[index])
 
+    def drop(self, mask: Tensor) -> "Condition":
+        """The same batch with the items under ``mask`` ``(B,)`` replaced by their unconditional branch."""
+        null = self.null().values
+        values = {k: torch.where(mask.view(-1, *(1,) * (v.ndim - 1)), null[k], v) for k, v in self.values.items()}
+        return Condition(values, self.null_values)
+
     def to(self, *args, **kwargs) -> "Condition":
         """Every tensor through ``Tensor.to``; integers keep their type when only a dtype is given."""
 
@@ -162,6 +168,17 @@ class Denoiser(ABC):
         self.interpolant = interpolant
         self.prediction_type = prediction_type
         self.calls = 0
+
+    @property
+    def module(self) -> nn.Module:
+        """Everything that has weights, as one module: what a trainer optimises and a checkpoint keeps.
+
+        Raises:
+            TypeError: the denoiser is a plain function.
+        """
+        if not isinstance(self.network, nn.Module):
+            raise TypeError(f"{type(self.network).__name__} is a plain function: it has no weights to train")
+        return self.network
 
     @abstractmethod
     def forward(self, z: Tensor, t: Tensor, timestep: Tensor, condition: Condition) -> Tensor:

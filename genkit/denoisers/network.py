@@ -1,0 +1,126 @@
+"""Adapters for the networks of Diffusers: a file a network class, found by walking this folder."""
+
+import sys
+from abc import abstractmethod
+
+from torch import Tensor, nn
+
+from genkit.denoisers.base import Condition, Denoiser
+from genkit.interpolants import PREDICTION_TYPES, Interpolant, from_scheduler, scheduler_prediction_type
+from genkit.registry import members
+
+
+class NetworkDenoiser(Denoiser):
+    """A Diffusers network as a denoiser; a subclass is the adapter of one class of networks.
+
+    Attributes:
+        network_classes: names of the classes that the adapter is for; their subclasses are taken too.
+        prediction_types: what such networks can have been trained to predict.
+        condition_names: the values that a :class:`Condition` must bring.
+    """
+
+    prediction_types: tuple[str, ...] = PREDICTION_TYPES
+    condition_names: tuple[str, ...] = ()
+
+    def __init__(self, network: nn.Module, interpolant: Interpolant, prediction_type: str):
+        super().__init__(network, interpolant, prediction_type)
+        if prediction_type not in self.prediction_types:
+            raise ValueError(
+                f"prediction_type={prediction_type!r} on {type(interpolant).__name__} does not fit "
+                f"{type(unwrap(network)).__name__}, which predicts {' or '.join(self.prediction_types)}; "
+                "use a flow-matching scheduler such as FlowMatchEulerDiscreteScheduler"
+            )
+
+    @abstractmethod
+    def encode(self, pipe, **inputs) -> Condition:
+        """The condition that ``pipe`` would make of ``inputs``, with its unconditional branch."""
+
+    def time_modules(self) -> list[str]:
+        """Names of the sub-modules whose output embeds the time; a two-time adapter adds the gap's embedding to it.
+
+        Raises:
+            ValueError: the network embeds no time in a way that is known.
+        """
+        raise ValueError(f"{type(self).__name__} names no time embedding, so it cannot be given a second time")
+
+    def _inputs(self, z: Tensor, condition: Condition) -> tuple[Tensor, Condition]:
+        """``z`` and the condition in the network's dtype, after a check that every value is there."""
+        missing = [name for name in self.condition_names if name not in condition.values]
+        if missing:
+            raise ValueError(
+                f"condition lacks {missing}, got {sorted(condition.values)}; "
+                f"{type(unwrap(self.network)).__name__} needs {list(self.condition_names)}, see {type(self).__name__}.encode"
+            )
+        dtype = unwrap(self.network).dtype
+        return z.to(dtype), condition.to(dtype)
+
+
+def unwrap(network: nn.Module) -> nn.Module:
+    """The network inside the wrappers of torch.compile, accelerate (DDP, DataParallel ...) and PEFT."""
+    from accelerate.utils import extract_model_from_parallel
+
+    while True:
+        inner = extract_model_from_parallel(network, keep_torch_compile=False)
+        peft = sys.modules.get("peft")
+        if peft is not None and isinstance(inner, peft.PeftModel):
+            inner = inner.get_base_model()
+        if inner is network:
+            return network
+        network = inner
+
+
+def _adapters() -> dict[str, type[NetworkDenoiser]]:
+    found = members("genkit.denoisers", NetworkDenoiser).values()
+    return {name: adapter for adapter in found for name in adapter.network_classes}
+
+
+def _adapter(network) -> type[NetworkDenoiser] | None:
+    known = _adapters()
+    return next((known[c.__name__] for c in type(unwrap(network)).__mro__ if c.__name__ in known), None)
+
+
+def wrap(network: nn.Module, interpolant: Interpolant, prediction_type: str) -> NetworkDenoiser:
+    """The denoiser of ``network``, by its class (under PEFT, torch.compile and accelerate's wrappers).
+
+    Raises:
+        ValueError: no adapter for this class, or a prediction type that such networks do not have.
+    """
+    adapter = _adapter(network)
+    if adapter is None:
+        raise ValueError(
+            f"network={type(unwrap(network)).__name__} has no adapter; there are adapters for "
+            f"{', '.join(sorted(_adapters()))}; any callable can be a FunctionDenoiser"
+        )
+    return adapter(network, interpolant, prediction_type)
+
+
+def from_pipeline(pipe) -> NetworkDenoiser:
+    """The denoiser of a Diffusers pipeline: its network on the interpolant of its scheduler.
+
+    Raises:
+        ValueError: a network without adapter, a scheduler without interpolant, or the two do not fit.
+    """
+    networks = [part for part in pipe.components.values() if isinstance(part, nn.Module) and _adapter(part)]
+    if len(networks) != 1:
+        names = [type(part).__name__ for part in pipe.components.values() if isinstance(part, nn.Module)]
+        raise ValueError(
+            f"{type(pipe).__name__} must hold one network with an adapter, found {len(networks)} among {names}; "
+            f"there are adapters for {', '.join(sorted(_adapters()))}"
+        )
+    scheduler = pipe.scheduler
+    name = type(scheduler).__name__
+    if hasattr(scheduler, "precondition_outputs"):
+        raise ValueError(
+            f"scheduler={name} scales the network's input and output itself (EDM's c_in, c_skip, c_out), so the raw "
+            "output is no prediction of noise, sample or velocity at the network's input; use a scheduler without "
+            "preconditioning"
+        )
+    prediction_type = scheduler_prediction_type(scheduler)
+    carried = scheduler.config.get("prediction_type", prediction_type)
+    if prediction_type == "flow_prediction" and carried != prediction_type:
+        raise ValueError(
+            f"scheduler={name} takes flow_prediction, but its config has prediction_type={carried!r} from the scheduler "
+            f"that the network was made for; use one of that family, or set prediction_type='flow_prediction' in the "
+            "config if the network was retrained for a flow"
+        )
+    return wrap(networks[0], from_scheduler(scheduler), prediction_type)

@@ -1,0 +1,62 @@
+"""SD3Transformer2DModel of Stable Diffusion 3 and 3.5."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from genkit.denoisers.base import Condition
+from genkit.denoisers.network import NetworkDenoiser
+
+
+class SD3(NetworkDenoiser):
+    """``transformer(z, prompt_embeds, pooled, timestep)``, a velocity on the linear path.
+
+    Condition: ``prompt_embeds`` ``(B, L, D)``, ``pooled_prompt_embeds`` ``(B, P)``.
+    """
+
+    network_classes = ("SD3Transformer2DModel",)
+    prediction_types = ("flow_prediction",)
+    condition_names = ("prompt_embeds", "pooled_prompt_embeds")
+
+    def forward(self, z: Tensor, t: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
+        z, condition = self._inputs(z, condition)
+        return self.network(
+            hidden_states=z,
+            timestep=timestep,
+            encoder_hidden_states=condition["prompt_embeds"],
+            pooled_projections=condition["pooled_prompt_embeds"],
+            return_dict=False,
+        )[0]
+
+    def time_modules(self) -> list[str]:
+        return ["time_text_embed"]
+
+    @torch.no_grad()
+    def encode(
+        self,
+        pipe,
+        prompt: str | Sequence[str],
+        negative_prompt: str | Sequence[str] | None = None,
+        *,
+        max_sequence_length: int = 256,
+    ) -> Condition:
+        """Prompts as ``pipe`` encodes them; without ``negative_prompt`` the unconditional branch is the empty text."""
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        negative = (
+            negative_prompt if negative_prompt is None or isinstance(negative_prompt, str) else list(negative_prompt)
+        )
+        embeds, negative_embeds, pooled, negative_pooled = pipe.encode_prompt(
+            prompt=prompts,
+            prompt_2=None,
+            prompt_3=None,
+            device=pipe._execution_device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=True,
+            negative_prompt=negative,
+            max_sequence_length=max_sequence_length,
+        )
+        return Condition(
+            {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled},
+            {"prompt_embeds": negative_embeds, "pooled_prompt_embeds": negative_pooled},
+        )

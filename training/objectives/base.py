@@ -1,0 +1,132 @@
+"""What a training method is: roles, phases and losses. One file in this folder makes one method."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from genkit.denoisers.base import Condition, Denoiser
+from genkit.rng import ItemRNG
+
+
+class ObjectiveConfig(BaseModel):
+    """Settings of a method; an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True)
+class Role:
+    """A network's part in a method.
+
+    Args:
+        module: the network.
+        trains: whether some phase updates it; a frozen one is neither optimised nor checkpointed.
+        ema: whether averages of its weights are kept.
+        optimizer: settings that replace the run's optimiser settings for this role.
+    """
+
+    module: nn.Module
+    trains: bool = True
+    ema: bool = False
+    optimizer: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of a training step: ``repeats`` optimiser updates of the roles in ``trains``.
+
+    ``backwards`` is how many losses the method yields for one micro-batch; it must be known beforehand, since all but
+    the last are back-propagated without synchronising gradients across processes.
+    """
+
+    name: str
+    trains: tuple[str, ...]
+    repeats: int = 1
+    backwards: int = 1
+
+
+class Loss(NamedTuple):
+    """A scalar to back-propagate, the mean over the micro-batch, and what to log beside it (scalars)."""
+
+    value: Tensor
+    logs: dict[str, Tensor]
+
+
+@dataclass
+class Batch:
+    """One micro-batch: clean samples ``(B, ...)``, what they are conditioned on, and their positions in the run."""
+
+    x0: Tensor
+    condition: Condition
+    index: Tensor
+
+
+class DivergedError(RuntimeError):
+    """Raised by a method that sees its own training go wrong; the run stops and keeps its last good checkpoint."""
+
+
+class Objective(nn.Module, ABC):
+    """A training method.
+
+    A subclass names its settings in ``Config``, says what it needs in the class variables, and yields its losses.
+    All random draws come from ``rng``, whose row ``j`` belongs to item ``j`` of the micro-batch, so that a loss does not
+    depend on how a global batch was cut into micro-batches or spread over processes.
+
+    Args:
+        config: an instance of ``Config``.
+        student: the network to train; a :class:`~genkit.denoisers.base.FlowMap` where ``needs_flow_map``.
+        teacher: a frozen network, where the run has one.
+    """
+
+    Config: ClassVar[type[BaseModel]] = ObjectiveConfig
+    needs_flow_map: ClassVar[bool] = False
+    needs_teacher: ClassVar[Literal["never", "optional", "required"]] = "never"
+
+    def __init__(self, config: Any, student: Denoiser, teacher: Denoiser | None = None):
+        super().__init__()
+        self.config = config
+        self.student = student
+        self.teacher = teacher
+        # Registered so that a wrapper (DDP) that contains the objective sees the trained weights.
+        self.student_module = student.module
+        if teacher is not None:
+            self.teacher_module = teacher.module.requires_grad_(False).eval()
+
+    @property
+    def roles(self) -> Mapping[str, Role]:
+        """The method's networks by name; the default is one trained student with averaged weights."""
+        roles = {"student": Role(self.student_module, ema=True)}
+        if self.teacher is not None:
+            roles["teacher"] = Role(self.teacher_module, trains=False)
+        return roles
+
+    def phases(self, step: int) -> Sequence[Phase]:
+        """What training step ``step`` consists of; the default is one update of the student from one loss."""
+        return (Phase("student", trains=("student",)),)
+
+    @abstractmethod
+    def losses(self, phase: Phase, batch: Batch, rng: ItemRNG) -> Iterator[Loss]:
+        """The losses of one micro-batch, ``phase.backwards`` of them; resumed after each has been back-propagated."""
+
+    def forward(self, phase: Phase, batch: Batch | None = None, rng: ItemRNG | None = None) -> Loss:
+        """The first loss of ``batch``, or the next one of the batch under way when called with ``phase`` alone.
+
+        The trainer calls the objective, not :meth:`losses`, because gradients are only synchronised for what runs
+        inside the ``forward`` of the wrapped module.
+        """
+        if batch is not None:
+            self._running = self.losses(phase, batch, rng)  # type: ignore[arg-type]
+        return next(self._running)
+
+
+def drop_condition(batch: Batch, rng: ItemRNG, probability: float) -> tuple[Condition, Tensor]:
+    """The condition with items dropped to the unconditional branch, and the mask ``(B,)`` of those dropped."""
+    dropped = rng.uniform() < probability
+    if probability == 0 or not batch.condition.values:
+        return batch.condition, torch.zeros_like(dropped)
+    return batch.condition.drop(dropped), dropped

@@ -1,0 +1,228 @@
+"""Flow maps: one network that is a flow model on its diagonal and jumps between any two times off it."""
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from genkit.denoisers.base import Condition, Denoiser, FlowMap
+from genkit.interpolants import expand
+from genkit.rng import ItemRNG
+from genkit.training.objectives.base import (
+    Batch,
+    DivergedError,
+    Loss,
+    Objective,
+    ObjectiveConfig,
+    Phase,
+    Role,
+    drop_condition,
+)
+from genkit.training.residuals import eulerian, lagrangian, progressive
+
+
+class FlowMapConfig(ObjectiveConfig):
+    """Settings of :class:`FlowMapObjective`.
+
+    ``loss``: ``lsd``, ``esd``, ``psd_m`` or ``psd_u``. ``diagonal_fraction``: share of items trained by flow matching.
+    ``stopgrad``: ``none``, ``convex`` or ``full``; unset means as published, ``full`` for ``esd`` and ``convex`` for the
+    others. ``jvp``: how ``lsd`` and ``esd`` differentiate (``func``: forward-mode AD; ``finite_difference``: central
+    differences of step ``jvp_step`` in ``t``, half the cost, any kernel). ``guidance_scale``: 1 is none; otherwise
+    the guidance the student is taught, from the teacher's two branches or, without teacher, its own.
+    ``learned_weight``: divide each loss by its own learned scale; right for large magnitude-preserving networks only:
+    on small ones it lets self-consistency drown the data, so training stops when the off-diagonal is weighted more
+    than ``weight_ratio_limit`` times the diagonal.
+    """
+
+    loss: Literal["lsd", "esd", "psd_m", "psd_u"] = "lsd"
+    diagonal_fraction: float = Field(0.75, gt=0, le=1)
+    stopgrad: Literal["none", "convex", "full"] | None = None
+    jvp: Literal["func", "finite_difference"] = "func"
+    jvp_step: float = Field(5e-3, gt=0, lt=0.5)
+    t_min: float = Field(0.0, ge=0, lt=1)
+    t_max: float = Field(1.0, gt=0, le=1)
+    condition_dropout: float = Field(0.1, ge=0, le=1)
+    guidance_scale: float = Field(1.0, ge=0)
+    learned_weight: bool = False
+    weight_ratio_limit: float = Field(10.0, gt=1)
+
+    @model_validator(mode="after")
+    def _ordered(self):
+        if self.t_min >= self.t_max:
+            raise ValueError(f"t_min={self.t_min} must be below t_max={self.t_max}")
+        return self
+
+
+class FlowMapObjective(Objective):
+    """Flow matching on the diagonal plus a flow-map identity off it (see :mod:`genkit.training.residuals`).
+
+    ``L = mean_i [ exp(-w_i) r_i + w_i ]`` with ``r_i`` the squared residual of item ``i`` summed over dimensions and
+    ``w = 0`` unless learned. Times of the off-diagonal items are uniform on the triangle ``s <= t``. With a teacher the
+    identity's velocity is the teacher's (for ``psd`` the teacher replaces the diagonal's target), else the
+    student's own diagonal. Which items are on the diagonal follows from their position in the run, so that every
+    batch, micro-batch and process count sees the same split.
+
+    Source: Boffi et al., arXiv 2505.18825 (LSD, ESD, PSD, learned weight); arXiv 2406.07507 (teacher forms);
+    guidance: target of iMF, arXiv 2512.02012.
+    """
+
+    Config = FlowMapConfig
+    needs_flow_map = True
+    needs_teacher = "optional"
+
+    student: FlowMap
+
+    def __init__(self, config: FlowMapConfig, student: FlowMap, teacher: Denoiser | None = None):
+        super().__init__(config, student, teacher)
+        self.weight = LossWeight() if config.learned_weight else None
+
+    @property
+    def roles(self) -> Mapping[str, Role]:
+        roles = dict(super().roles)
+        if self.weight is not None:
+            roles["weight"] = Role(self.weight)
+        return roles
+
+    def phases(self, step: int):
+        trains = ("student", "weight") if self.weight is not None else ("student",)
+        return (Phase("student", trains=trains),)
+
+    def losses(self, phase: Phase, batch: Batch, rng: ItemRNG) -> Iterator[Loss]:
+        c = self.config
+        condition, dropped = drop_condition(batch, rng, c.condition_dropout)
+        a = c.t_min + (c.t_max - c.t_min) * rng.uniform()
+        b = c.t_min + (c.t_max - c.t_min) * rng.uniform()
+        gamma = rng.uniform() if c.loss == "psd_u" else torch.full_like(a, 0.5)
+        off = _off_diagonal(batch.index, c.diagonal_fraction)
+        t, s = torch.maximum(a, b).where(off, a), torch.minimum(a, b).where(off, a)
+        eps = rng.normal(batch.x0.shape[1:], dtype=batch.x0.dtype)
+        x = self.student.interpolant.interpolate(batch.x0, eps, t)
+        target = self.student.interpolant.velocity(batch.x0, eps, t)
+
+        on_i, off_i = (~off).nonzero()[:, 0], off.nonzero()[:, 0]
+        pieces: list[tuple[Tensor, Tensor]] = []
+        logs: dict[str, Tensor] = {}
+        if len(on_i):
+            at = (x[on_i], t[on_i], condition.index(on_i))
+            goal = self._diagonal_target(*at, target[on_i], dropped[on_i])
+            r = _sum_of_squares(self.student.average_velocity(at[0], at[1], at[1], at[2]) - goal)
+            pieces.append((r, on_i))
+            logs["diagonal"] = r.detach().mean()
+        if len(off_i):
+            with _evaluating(self.student_module):  # no dropout in the identity
+                r = _sum_of_squares(self._residual(x[off_i], t[off_i], s[off_i], condition.index(off_i), gamma[off_i]))
+            pieces.append((r, off_i))
+            logs["off_diagonal"] = r.detach().mean()
+        residual = torch.cat([r for r, _ in pieces])
+        order = torch.cat([i for _, i in pieces])
+        if self.weight is None:
+            yield Loss(residual.mean(), logs)
+            return
+        w = self.weight(t[order], s[order])
+        self._watch_weights(w.detach(), off[order], logs)
+        yield Loss((torch.exp(-w) * residual + w).mean(), logs)
+
+    # -- targets ----------------------------------------------------------------------------------------------
+
+    def _diagonal_target(self, x: Tensor, t: Tensor, condition: Condition, target: Tensor, dropped: Tensor) -> Tensor:
+        """Velocity that the diagonal regresses to: the data's, guided if asked for.
+
+        Without teacher ``v_c + (1 - 1/w) (u(x,t,t|c) - u(x,t,t|null))``, whose fixed point is ``u_null + w (v - u_null)``;
+        items whose condition was dropped keep the plain target, so that the unconditional branch stays unguided.
+        """
+        w = self.config.guidance_scale
+        if self.teacher is not None and (w != 1 or self.config.loss.startswith("psd")):
+            return self._teacher_velocity(x, t, condition)
+        if w == 1 or not condition.values:
+            return target
+        with torch.no_grad(), _evaluating(self.student_module):
+            cond = self.student.average_velocity(x, t, t, condition)
+            null = self.student.average_velocity(x, t, t, condition.null())
+        guided = target + (1 - 1 / w) * (cond - null)
+        return target.where(expand(dropped, target), guided)
+
+    def _teacher_velocity(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        w = self.config.guidance_scale
+        assert self.teacher is not None
+        with torch.no_grad():
+            if w == 1 or not condition.values:
+                return self.teacher(x, t, condition).velocity
+            cond, null = self.teacher.many(x, t, [condition, condition.null()])
+            return null.velocity + w * (cond.velocity - null.velocity)
+
+    def _residual(self, x: Tensor, t: Tensor, s: Tensor, condition: Condition, gamma: Tensor) -> Tensor:
+        c = self.config
+
+        def u(x_: Tensor, t_: Tensor, s_: Tensor) -> Tensor:
+            return self.student.average_velocity(x_, t_, s_, condition)
+
+        def velocity(x_: Tensor, t_: Tensor) -> Tensor:
+            return u(x_, t_, t_) if self.teacher is None else self._teacher_velocity(x_, t_, condition)
+
+        if c.loss == "lsd":
+            kind = c.stopgrad or "convex"
+            return lagrangian(u, velocity, x, t, s, stopgrad=kind, jvp=c.jvp, step=c.jvp_step)
+        if c.loss == "esd":
+            kind = c.stopgrad or "full"
+            return eulerian(u, velocity, x, t, s, stopgrad=kind, jvp=c.jvp, step=c.jvp_step)
+        return progressive(u, x, t, s, gamma, stopgrad=c.stopgrad or "convex")
+
+    def _watch_weights(self, w: Tensor, off: Tensor, logs: dict[str, Tensor]) -> None:
+        if not (off.any() and (~off).any()):
+            return
+        logs["weight_diagonal"] = torch.exp(-w[~off]).mean()
+        logs["weight_off_diagonal"] = torch.exp(-w[off]).mean()
+        ratio = (logs["weight_off_diagonal"] / logs["weight_diagonal"]).item()
+        if ratio > self.config.weight_ratio_limit:
+            raise DivergedError(
+                f"learned_weight: the off-diagonal loss is weighted {ratio:.1f} times the diagonal one, more than "
+                f"weight_ratio_limit={self.config.weight_ratio_limit:g}; the network would forget the data. Train with "
+                "learned_weight=false."
+            )
+
+
+class LossWeight(nn.Module):
+    """``w(t, s)``: logarithm of the expected squared residual, learned; 0 at the start, kept within [-10, 10].
+
+    128 cosine features of each time, averaged, through one bias-free linear layer.
+    """
+
+    def __init__(self, features: int = 128):
+        super().__init__()
+        frequencies = torch.exp(torch.linspace(0, math.log(1e-4), features // 2, dtype=torch.float64)).float()
+        self.register_buffer("frequencies", frequencies, persistent=False)
+        self.linear = nn.Linear(features, 1, bias=False)
+        nn.init.zeros_(self.linear.weight)
+
+    def forward(self, t: Tensor, s: Tensor) -> Tensor:
+        def embed(time: Tensor) -> Tensor:
+            angle = time[:, None] * self.frequencies.to(time.dtype)
+            return torch.cat((angle.cos(), angle.sin()), dim=-1)
+
+        features = (embed(t) + embed(s)) / 2
+        return self.linear(features.to(self.linear.weight.dtype))[:, 0].float().clamp(-10, 10)
+
+
+def _off_diagonal(index: Tensor, diagonal_fraction: float) -> Tensor:
+    """Mask ``(B,)`` of the items off the diagonal: ``1 - diagonal_fraction`` of any run of positions, evenly spread."""
+    share = 1 - diagonal_fraction
+    position = index.double()
+    return torch.floor((position + 1) * share + 1e-9) > torch.floor(position * share + 1e-9)
+
+
+def _sum_of_squares(residual: Tensor) -> Tensor:
+    return residual.to(torch.promote_types(residual.dtype, torch.float32)).square().flatten(1).sum(1)
+
+
+@contextmanager
+def _evaluating(module: nn.Module):
+    training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(training)
