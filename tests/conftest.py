@@ -17,6 +17,9 @@ import numpy
 import pytest
 import torch
 
+# The tests' tensors are small: more threads would only wait for each other, and could change the order of sums.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def _seed():

@@ -1,0 +1,105 @@
+"""A folder of pictures, in class sub-folders or flat, with or without captions."""
+
+import json
+from pathlib import Path
+
+import torch
+from PIL import Image
+from pydantic import Field
+
+from genkit.data._images import ImageConfig, prepare
+from genkit.data.base import Source
+
+_METADATA = "metadata.jsonl"
+
+
+class ImageFolderConfig(ImageConfig):
+    """Settings of a folder of pictures."""
+
+    path: Path = Field(description="the folder")
+    caption_key: str = Field(default="text", description=f"key of the caption in {_METADATA}")
+
+
+class ImageFolder(Source):
+    """Pictures below ``path``: ``x0`` ``(B, C, size, size)`` in [-1, 1].
+
+    Pictures in sub-folders have ``class_labels``, the classes (``class_names``) being the sub-folders' names in order.
+    ``prompts`` come from ``metadata.jsonl`` (lines ``{"file_name": ..., "text": ...}``, which then lists the pictures
+    to use) or from a text file beside each picture (``a.png``, ``a.txt``).
+
+    Raises:
+        FileNotFoundError: no such folder, or a listed picture or caption that is not there.
+        ValueError: no pictures, pictures both in sub-folders and beside them, a malformed ``metadata.jsonl``; at
+            reading, a picture that cannot be decoded. Each names the file.
+    """
+
+    Config = ImageFolderConfig
+
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        root = self.config.path
+        if not root.is_dir():
+            raise FileNotFoundError(f"path={str(root)!r} is not a folder")
+        self.prompts: list[str] | None
+        if (root / _METADATA).is_file():
+            self.files, self.prompts = self._listed(root)
+        else:
+            readable = Image.registered_extensions()
+            self.files = sorted(p for p in root.rglob("*") if p.suffix.lower() in readable and p.is_file())
+            self.prompts = self._captions_beside()
+        if not self.files:
+            raise ValueError(f"path={str(root)!r} holds no pictures")
+        folders = [file.relative_to(root).parts[0] if file.parent != root else None for file in self.files]
+        if any(folders) and not all(folders):
+            stray = self.files[folders.index(None)]
+            raise ValueError(f"{stray} lies beside the class sub-folders of {root}; move it into one, or flatten them")
+        self.class_names = sorted({name for name in folders if name})
+        self.num_classes = len(self.class_names) or None
+        number = {name: i for i, name in enumerate(self.class_names)}
+        self.labels = torch.tensor([number[name] for name in folders if name], dtype=torch.int64)
+        self.length = len(self.files)
+        self.shape = self.config.shape
+
+    def _listed(self, root: Path) -> tuple[list[Path], list[str]]:
+        files, prompts = [], []
+        for number, line in enumerate((root / _METADATA).read_text(encoding="utf-8").splitlines(), start=1):
+            if not line.strip():
+                continue
+            place = f"{root / _METADATA}, line {number}"
+            try:
+                entry = json.loads(line)
+                file, prompt = root / entry["file_name"], entry[self.config.caption_key]
+            except (ValueError, TypeError, KeyError) as error:
+                wanted = f'{{"file_name": ..., "{self.config.caption_key}": ...}}'
+                raise ValueError(f"{place}: wanted {wanted}, got {line.strip()[:80]!r}") from error
+            if not file.is_file():
+                raise FileNotFoundError(f"{place}: {file} is not there")
+            files.append(file)
+            prompts.append(str(prompt))
+        return files, prompts
+
+    def _captions_beside(self) -> list[str] | None:
+        texts = [file.with_suffix(".txt") for file in self.files]
+        if not any(text.is_file() for text in texts):
+            return None
+        for text in texts:
+            if not text.is_file():
+                raise FileNotFoundError(f"caption {text} is not there, though other pictures have theirs")
+        return [text.read_text(encoding="utf-8").strip() for text in texts]
+
+    def read(self, records, items):
+        flips = self.rng(items).integers(2) == 1 if self.config.horizontal_flip else [False] * len(items)
+        records = records.tolist()
+        batch = {"x0": torch.stack([self._load(i, bool(flip)) for i, flip in zip(records, flips, strict=True)])}
+        if self.num_classes:
+            batch["class_labels"] = self.labels[records]
+        if self.prompts is not None:
+            batch["prompts"] = [self.prompts[i] for i in records]
+        return batch
+
+    def _load(self, record: int, flip: bool) -> torch.Tensor:
+        try:
+            with Image.open(self.files[record]) as image:
+                return prepare(image, self.config, flip)
+        except (OSError, SyntaxError) as error:  # Pillow reports broken PNGs as SyntaxError
+            raise ValueError(f"picture {self.files[record]} cannot be read: {error}") from error
