@@ -24,6 +24,7 @@ def members(package: str, base: type[T]) -> dict[str, type[T]]:
         if info.name.startswith("_"):
             continue
         module = importlib.import_module(f"{package}.{info.name}")
+        hasattr(module, "__all__")  # runs a module that so far was only registered; ``vars`` alone would not
         classes = [
             value
             for value in vars(module).values()
