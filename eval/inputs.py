@@ -11,6 +11,9 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from genkit.data.base import Source
+from genkit.data.digits import Digits
+
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 MODES = {"1": "L", "L": "L", "P": "RGB", "RGB": "RGB"}
 
@@ -34,7 +37,7 @@ class ImageSet:
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Float images in [-1, 1] to uint8 by round((x + 1) 127.5); values outside are clamped, NaN raises ``ValueError``."""
+    """Float images in [-1, 1] to uint8 by round((x + 1) 127.5); values outside are clamped, NaN is refused."""
     if not images.is_floating_point():
         raise ValueError(f"to_uint8 takes float images in [-1, 1], got {images.dtype}")
     if images.isnan().any():
@@ -42,12 +45,12 @@ def to_uint8(images: Tensor) -> Tensor:
     return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def read_images(source: "ImageSet | Tensor | tuple[Tensor, Tensor] | str | Path") -> ImageSet:
+def read_images(source: "ImageSet | Source | Tensor | tuple[Tensor, Tensor] | str | Path") -> ImageSet:
     """Images from ``source``.
 
     ``source`` is uint8 ``(n, C, H, W)``; a pair of that and labels ``(n,)``; a folder (labels from ``metadata.jsonl``
     with ``file_name`` and ``label``, else from sub-folders); a ``.npz`` with ``arr_0`` or ``images``, and labels in
-    ``arr_1`` or ``labels``; or the word ``"digits"``, scikit-learn's 1797 digits.
+    ``arr_1`` or ``labels``; a finite source of ``genkit.data``; or the word ``"digits"``, the 1,797 embedded ones.
 
     Raises:
         ValueError: no images, an image that cannot be read (named), mixed sizes or modes, another dtype than uint8.
@@ -55,12 +58,14 @@ def read_images(source: "ImageSet | Tensor | tuple[Tensor, Tensor] | str | Path"
     """
     if isinstance(source, ImageSet):
         return source
+    if isinstance(source, Source):
+        return _from_data(type(source).__name__.lower(), source)
     if isinstance(source, Tensor):
         return _from_tensor("tensor", source, None)
     if isinstance(source, tuple):
         return _from_tensor("tensor", *source)
     if source == "digits":
-        return _digits()
+        return _from_data("digits", Digits())
     path = Path(source)
     if path.is_dir():
         return _from_folder(path)
@@ -82,12 +87,11 @@ def _from_tensor(name: str, images: Tensor, labels: Tensor | None) -> ImageSet:
     return ImageSet(name, len(images), lambda indices: images[indices], None if labels is None else labels.cpu())
 
 
-def _digits() -> ImageSet:
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    images = to_uint8(torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 8 - 1)
-    return _from_tensor("digits", images, torch.tensor(digits.target))
+def _from_data(name: str, data: Source) -> ImageSet:
+    if data.length is None or len(data.shape) != 3:
+        raise ValueError(f"{name}: expected a finite source of images, got length {data.length}, shape {data.shape}")
+    labels = None if data.num_classes is None else data.__getitems__(range(len(data)))["class_labels"]
+    return ImageSet(name, len(data), lambda indices: to_uint8(data.__getitems__(indices)["x0"]), labels)
 
 
 def _from_npz(path: Path) -> ImageSet:
@@ -153,7 +157,7 @@ def _decode(path: Path, mode: str) -> Tensor:
 
 
 def _folder_labels(folder: Path, files: list[Path]) -> Tensor | None:
-    """Labels of ``metadata.jsonl``; else of sub-folders, by number where all names are numbers, else in sorted order."""
+    """Labels of ``metadata.jsonl``, else of sub-folders: their numbers if all are numbers, else in sorted order."""
     metadata = folder / "metadata.jsonl"
     if metadata.exists():
         rows = [json.loads(line) for line in metadata.read_text(encoding="utf-8").splitlines() if line.strip()]

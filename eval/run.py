@@ -8,65 +8,14 @@ from typing import Any
 import diffusers
 import numpy
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from tqdm.auto import tqdm
 
 import genkit
 from genkit.eval.extractors.base import Extractor, extract, get_extractor
 from genkit.eval.inputs import ImageSet, read_images
 from genkit.eval.metrics.base import FeatureSet, Metric, all_metrics, get_metric, metric_name
-from genkit.eval.statistics import FeatureStats
-
-
-class Protocol(BaseModel):
-    """Everything besides the images that decides the values of a result."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    extractor: str
-    reference: str | None
-    generated: str
-    n_real: int | None
-    n_gen: int
-    metrics: dict[str, dict[str, Any]]
-    seed: int
-    device: str
-    versions: dict[str, str]
-
-
-class Result(BaseModel):
-    """Values by name, network calls per image (``nfe``) if known, how they were made, and what to beware of."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    values: dict[str, float]
-    nfe: float | None = None
-    protocol: Protocol
-    notes: list[str] = Field(default_factory=list)
-
-    def save(self, path: str | Path) -> None:
-        """Write JSON; ``Result.load`` reads it."""
-        Path(path).write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
-
-    @classmethod
-    def load(cls, path: str | Path) -> "Result":
-        return cls.model_validate_json(Path(path).read_text(encoding="utf-8"))
-
-
-def require_comparable(results: Sequence[Result]) -> None:
-    """Raise ``ValueError`` unless all results have the same extractor, reference, n on both sides and settings.
-
-    A distance of 5,000 images is larger than that of 50,000 from the same model, so tables call this first.
-    """
-    for field in ("extractor", "reference", "n_real", "n_gen"):
-        values = {getattr(result.protocol, field) for result in results}
-        if len(values) > 1:
-            raise ValueError(f"results with different {field} cannot be compared: {sorted(map(str, values))}")
-    settings: dict[str, dict] = {}
-    for result in results:
-        for name, chosen in result.protocol.metrics.items():
-            if settings.setdefault(name, chosen) != chosen:
-                raise ValueError(f"results with different settings of {name!r}: {settings[name]} and {chosen}")
+from genkit.eval.result import Protocol, Result
+from genkit.eval.statistics import FeatureStats, is_statistics
 
 
 def measure(
@@ -166,7 +115,7 @@ def evaluate(
         reference=None if real is None else str(real.stats.meta.get("source", "statistics")),
         generated=str(fake.stats.meta.get("source", "statistics")),
         n_real=None if real is None else real.stats.n,
-        n_gen=fake.stats.n or 0,
+        n_gen=fake.stats.n,
         metrics={metric_name(metric): dict(vars(metric)) for metric in possible},
         seed=seed,
         device=str(device),
@@ -186,13 +135,10 @@ def _open(source: Any) -> ImageSet | FeatureSet:
         return source
     if isinstance(source, FeatureStats):
         return FeatureSet(source)
-    if isinstance(source, str | Path) and Path(source).suffix == ".npz" and Path(source).exists():
-        with numpy.load(source, allow_pickle=False) as file:
-            is_statistics = "mu" in file
-        if is_statistics:
-            stats = FeatureStats.load(source)
-            stats.meta.setdefault("source", Path(source).name)
-            return FeatureSet(stats)
+    if isinstance(source, str | Path) and Path(source).is_file() and is_statistics(source):
+        stats = FeatureStats.load(source)
+        stats.meta.setdefault("source", Path(source).name)
+        return FeatureSet(stats)
     return read_images(source)
 
 
@@ -232,6 +178,87 @@ def _notes(real: FeatureSet | None, fake: FeatureSet) -> list[str]:
             notes.append(f"the {role} statistics do not say which extractor they were made with")
     if real is not None and real.stats.n != fake.stats.n:
         notes.append(
-            f"{real.stats.n} real and {fake.stats.n} generated images: recall, density and coverage depend on both counts"
+            f"{real.stats.n} real and {fake.stats.n} generated images: recall and coverage depend on both counts"
         )
     return notes
+
+
+def main(
+    reference: str,
+    generated: str,
+    *,
+    metrics: Sequence[str] | None = None,
+    extractor: str = "digits",
+    n: int | None = None,
+    nfe: float | None = None,
+    seed: int = 0,
+    batch_size: int = 256,
+    device: str = "cpu",
+    json_path: str | Path | None = None,
+    html_path: str | Path | None = None,
+    quiet: bool = False,
+) -> Result:
+    """``genkit eval run REFERENCE GENERATED``: evaluate, print a table unless ``quiet``, write the files asked for.
+
+    Arguments and errors are those of ``evaluate``; an output folder that does not exist is refused before work starts.
+    """
+    for path in (json_path, html_path):
+        if path is not None and not Path(path).absolute().parent.is_dir():
+            raise ValueError(f"{path}: the folder {Path(path).absolute().parent} does not exist")
+    result = evaluate(
+        reference,
+        generated,
+        metrics=metrics,
+        extractor=extractor,
+        n=n,
+        nfe=nfe,
+        seed=seed,
+        batch_size=batch_size,
+        device=device,
+        quiet=quiet,
+    )
+    if json_path is not None:
+        result.save(json_path)
+    if html_path is not None:
+        _write_html(html_path, result, reference, generated)
+    if not quiet:
+        _print(result)
+    return result
+
+
+def _print(result: Result) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    protocol = result.protocol
+    table = Table(title=f"{protocol.generated} against {protocol.reference}", title_justify="left")
+    table.add_column("metric")
+    table.add_column("value", justify="right")
+    for name, value in result.values.items():
+        table.add_row(name, f"{value:.6g}")
+    if result.nfe is not None:
+        table.add_row("network calls (NFE)", f"{result.nfe:g}")
+    console = Console()
+    console.print(table)
+    console.print(f"extractor {protocol.extractor}, n_real {protocol.n_real}, n_gen {protocol.n_gen}", highlight=False)
+    for note in result.notes:
+        console.print(f"note: {note}", highlight=False)
+
+
+def _write_html(path: str | Path, result: Result, reference: str, generated: str) -> None:
+    from genkit.eval.report import Gallery, ImageGrid, ProtocolBlock, Section, Table, write_report
+
+    rows: list[tuple[str, float]] = list(result.values.items())
+    if result.nfe is not None:
+        rows.append(("network calls (NFE)", result.nfe))
+    sides = [(name, _open(source)) for name, source in (("reference", reference), ("generated", generated))]
+    grids = []
+    for name, images in sides:
+        if isinstance(images, ImageSet):
+            first = torch.arange(min(images.n, 60))
+            grids.append(ImageGrid(images.load(first), f"{name}: the first {len(first)} of {images.name}"))
+    sections = [Section("Values", [Table(["metric", "value"], rows), *result.notes])]
+    if grids:
+        sections.append(Section("Images", [Gallery(grids)]))
+    sections.append(Section("Protocol", [ProtocolBlock(result.protocol)]))
+    write_report(path, f"{result.protocol.generated} against {result.protocol.reference}", *sections)

@@ -9,6 +9,14 @@ import torch
 from torch import Tensor
 
 
+def is_statistics(path: str | Path) -> bool:
+    """Whether ``path`` is an ``.npz`` with statistics in it, rather than one with images or no ``.npz`` at all."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as file:
+        return "mu.npy" in file.namelist()
+
+
 class FeatureStats:
     """Count, mean and scatter of feature rows in float64.
 
@@ -79,7 +87,7 @@ class FeatureStats:
         self.n = total
 
     def save(self, path: str | Path, meta: dict | None = None) -> None:
-        """Write ``.npz`` with ``mu``, ``sigma`` (the names of clean-fid, pytorch-fid and ADM), ``n`` and JSON ``meta``."""
+        """Write ``.npz`` with ``mu``, ``sigma`` (as clean-fid, pytorch-fid, ADM do), ``n`` and JSON ``meta``."""
         arrays = {"mu": self.mean.numpy(), "sigma": self.covariance.numpy()}
         if self.n is not None:
             arrays["n"] = np.array(self.n)

@@ -40,9 +40,7 @@ class Extractor(ABC):
         return self
 
 
-class CallableExtractor(Extractor):
-    """Any function of uint8 ``(B, C, H, W)`` that returns ``(B, d)`` as an extractor; give it an ``id`` of your own."""
-
+class _FunctionExtractor(Extractor):
     def __init__(self, function: Callable[[Tensor], Tensor], dim: int, id: str):
         self.function, self.dim, self.id = function, dim, id
 
@@ -54,13 +52,18 @@ class CallableExtractor(Extractor):
         return Features(features.float())
 
 
+def function_extractor(function: Callable[[Tensor], Tensor], dim: int, id: str) -> Extractor:
+    """Any function of uint8 ``(B, C, H, W)`` that returns ``(B, dim)`` as an extractor, under an ``id`` of your own."""
+    return _FunctionExtractor(function, dim, id)
+
+
 def get_extractor(extractor: "str | Extractor") -> Extractor:
     """An extractor as it is, or the one whose file in ``eval/extractors`` bears this name."""
     if isinstance(extractor, Extractor):
         return extractor
     if isinstance(extractor, str):
         return lookup("genkit.eval.extractors", Extractor, extractor, setting="extractor")()
-    raise ValueError(f"extractor={extractor!r}: expected a name or an Extractor (wrap functions in CallableExtractor)")
+    raise ValueError(f"extractor={extractor!r}: expected a name or an Extractor; see function_extractor")
 
 
 def check_images(images: Tensor, *, channels: int, size: tuple[int, int], extractor: str) -> None:

@@ -1,0 +1,58 @@
+"""What an evaluation returns: values, and the protocol without which they mean nothing."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Protocol(BaseModel):
+    """Everything besides the images that decides the values of a result."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    extractor: str
+    reference: str | None
+    generated: str
+    n_real: int | None
+    n_gen: int | None
+    metrics: dict[str, dict[str, Any]]
+    seed: int
+    device: str
+    versions: dict[str, str]
+
+
+class Result(BaseModel):
+    """Values by name, network calls per image (``nfe``) if known, how they were made, and what to beware of."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    values: dict[str, float]
+    nfe: float | None = Field(default=None, ge=0)
+    protocol: Protocol
+    notes: list[str] = Field(default_factory=list)
+
+    def save(self, path: str | Path) -> None:
+        """Write JSON; ``Result.load`` reads it."""
+        Path(path).write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Result":
+        return cls.model_validate_json(Path(path).read_text(encoding="utf-8"))
+
+
+def require_comparable(results: Sequence[Result]) -> None:
+    """Raise ``ValueError`` unless all results have the same extractor, reference, n on both sides and settings.
+
+    A distance of 5,000 images is larger than that of 50,000 from the same model, so tables call this first.
+    """
+    for field in ("extractor", "reference", "n_real", "n_gen"):
+        values = {getattr(result.protocol, field) for result in results}
+        if len(values) > 1:
+            raise ValueError(f"results with different {field} cannot be compared: {sorted(map(str, values))}")
+    settings: dict[str, dict] = {}
+    for result in results:
+        for name, chosen in result.protocol.metrics.items():
+            if settings.setdefault(name, chosen) != chosen:
+                raise ValueError(f"results with different settings of {name!r}: {settings[name]} and {chosen}")
