@@ -217,15 +217,22 @@ class Denoiser(ABC):
         """The prediction together with the outputs of the sub-modules named in ``at`` (their first tensor each).
 
         Raises:
-            ValueError: a name that is no sub-module of the network.
+            ValueError: a name that is no sub-module of the network, or one that did not run.
         """
-        modules = dict(self.network.named_modules()) if isinstance(self.network, nn.Module) else {}
+        modules = self._submodules()
         missing = [name for name in at if name not in modules]
         if missing:
             raise ValueError(f"at={missing}: no such sub-modules of {type(self.network).__name__}")
         with _captured([modules[name] for name in at]) as captured:
             prediction = self(z, t, condition, timestep=timestep)
-        return prediction, captured
+        silent = [name for i, name in enumerate(at) if i not in captured]
+        if silent:
+            raise ValueError(f"at={silent} did not run in this call (a compiled network does not run its sub-modules)")
+        return prediction, [captured[i] for i in range(len(at))]
+
+    def _submodules(self) -> dict[str, nn.Module]:
+        """The modules that :meth:`features` can name."""
+        return dict(self.network.named_modules()) if isinstance(self.network, nn.Module) else {}
 
 
 class FlowMap(Denoiser):
@@ -252,7 +259,7 @@ class FlowMap(Denoiser):
 
 
 @contextmanager
-def _captured(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
+def _captured(modules: Sequence[nn.Module]) -> Iterator[dict[int, Tensor]]:
     outputs: dict[int, Tensor] = {}
 
     def keep(i):
@@ -262,10 +269,8 @@ def _captured(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
         return hook
 
     handles = [m.register_forward_hook(keep(i)) for i, m in enumerate(modules)]
-    result: list[Tensor] = []
     try:
-        yield result
-        result.extend(outputs[i] for i in range(len(modules)))
+        yield outputs
     finally:
         for handle in handles:
             handle.remove()

@@ -7,7 +7,7 @@ from diffusers.models.embeddings import LabelEmbedding
 from torch import Tensor, nn
 
 from genkit.denoisers.base import Condition
-from genkit.denoisers.network import NetworkDenoiser, unwrap
+from genkit.denoisers.network import NetworkDenoiser
 from genkit.interpolants import Interpolant
 
 
@@ -24,7 +24,7 @@ class DiT(NetworkDenoiser):
         super().__init__(network, interpolant, prediction_type)
         # In training mode every block would drop labels by itself, from the global random state. Dropping a condition
         # is the objective's business: an item at once, by its own seed.
-        for module in unwrap(network).modules():
+        for module in self.inner.modules():
             if isinstance(module, LabelEmbedding):
                 module.dropout_prob = 0.0
 
@@ -34,7 +34,7 @@ class DiT(NetworkDenoiser):
         return output[:, : z.shape[1]]
 
     def time_modules(self) -> list[str]:
-        return [f"transformer_blocks.{i}.norm1.emb" for i in range(len(unwrap(self.network).transformer_blocks))]
+        return [f"transformer_blocks.{i}.norm1.emb" for i in range(len(self.inner.transformer_blocks))]
 
     def encode(self, pipe, class_labels: int | Sequence[int] | Tensor) -> Condition:
         """Class labels ``(B,)`` and the null class.
@@ -42,9 +42,8 @@ class DiT(NetworkDenoiser):
         Raises:
             ValueError: a label out of range.
         """
-        network = unwrap(self.network)
-        num_classes = network.config.num_embeds_ada_norm
-        labels = torch.as_tensor(class_labels, device=network.device).reshape(-1).long()
+        num_classes = self.inner.config.num_embeds_ada_norm
+        labels = torch.as_tensor(class_labels, device=self.inner.device).reshape(-1).long()
         bad = labels[(labels < 0) | (labels >= num_classes)]
         if len(bad):
             raise ValueError(f"class_labels={bad.tolist()} out of range; accepted are 0 to {num_classes - 1}")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from genkit.denoisers.base import Condition
-from genkit.denoisers.network import NetworkDenoiser, unwrap
+from genkit.denoisers.network import NetworkDenoiser
 
 
 def pack(z: Tensor) -> Tensor:
@@ -47,7 +47,7 @@ class Flux(NetworkDenoiser):
     @property
     def condition_names(self):  # type: ignore[override]
         names = ("prompt_embeds", "pooled_prompt_embeds")
-        return names + (("guidance",) if unwrap(self.network).config.guidance_embeds else ())
+        return names + (("guidance",) if self.inner.config.guidance_embeds else ())
 
     def forward(self, z: Tensor, t: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
         z, condition = self._inputs(z, condition)
@@ -90,7 +90,7 @@ class Flux(NetworkDenoiser):
                 prompt=texts, prompt_2=None, device=pipe._execution_device, max_sequence_length=max_sequence_length
             )
             made = {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
-            if unwrap(self.network).config.guidance_embeds:
+            if self.inner.config.guidance_embeds:
                 made["guidance"] = torch.full((len(texts),), guidance_scale, device=embeds.device)
             return made
 

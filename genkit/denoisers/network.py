@@ -3,11 +3,15 @@
 import sys
 from abc import abstractmethod
 
+import torch
 from torch import Tensor, nn
 
 from genkit.denoisers.base import Condition, Denoiser
 from genkit.interpolants import PREDICTION_TYPES, Interpolant, from_scheduler, scheduler_prediction_type
 from genkit.registry import members
+
+
+_COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class NetworkDenoiser(Denoiser):
@@ -17,6 +21,7 @@ class NetworkDenoiser(Denoiser):
         network_classes: names of the classes that the adapter is for; their subclasses are taken too.
         prediction_types: what such networks can have been trained to predict.
         condition_names: the values that a :class:`Condition` must bring.
+        inner: the network without the wrappers of torch.compile, accelerate and PEFT.
     """
 
     prediction_types: tuple[str, ...] = PREDICTION_TYPES
@@ -24,10 +29,11 @@ class NetworkDenoiser(Denoiser):
 
     def __init__(self, network: nn.Module, interpolant: Interpolant, prediction_type: str):
         super().__init__(network, interpolant, prediction_type)
+        self.inner = unwrap(network)
         if prediction_type not in self.prediction_types:
             raise ValueError(
                 f"prediction_type={prediction_type!r} on {type(interpolant).__name__} does not fit "
-                f"{type(unwrap(network)).__name__}, which predicts {' or '.join(self.prediction_types)}; "
+                f"{type(self.inner).__name__}, which predicts {' or '.join(self.prediction_types)}; "
                 "use a flow-matching scheduler such as FlowMatchEulerDiscreteScheduler"
             )
 
@@ -43,15 +49,19 @@ class NetworkDenoiser(Denoiser):
         """
         raise ValueError(f"{type(self).__name__} names no time embedding, so it cannot be given a second time")
 
+    def _submodules(self) -> dict[str, nn.Module]:
+        return dict(self.inner.named_modules())
+
     def _inputs(self, z: Tensor, condition: Condition) -> tuple[Tensor, Condition]:
         """``z`` and the condition in the network's dtype, after a check that every value is there."""
         missing = [name for name in self.condition_names if name not in condition.values]
         if missing:
             raise ValueError(
                 f"condition lacks {missing}, got {sorted(condition.values)}; "
-                f"{type(unwrap(self.network)).__name__} needs {list(self.condition_names)}, see {type(self).__name__}.encode"
+                f"{type(self.inner).__name__} needs {list(self.condition_names)}, see {type(self).__name__}.encode"
             )
-        dtype = unwrap(self.network).dtype
+        # The first weight's, float8 storage aside: asking Diffusers' ``dtype`` walks the whole network.
+        dtype = next((p.dtype for p in self.inner.parameters() if p.dtype in _COMPUTE_DTYPES), z.dtype)
         return z.to(dtype), condition.to(dtype)
 
 
@@ -69,17 +79,24 @@ def unwrap(network: nn.Module) -> nn.Module:
         network = inner
 
 
-def _adapters() -> dict[str, type[NetworkDenoiser]]:
-    found = members("genkit.denoisers", NetworkDenoiser).values()
-    return {name: adapter for adapter in found for name in adapter.network_classes}
+def _adapters() -> dict[str, type[Denoiser]]:
+    """Adapters by the network class they are for: those of this folder, and any that a user has defined."""
+    members("genkit.denoisers", NetworkDenoiser)  # imports every file
+    found: dict[str, type[Denoiser]] = {}
+    pending: list[type[Denoiser]] = [Denoiser]
+    while pending:
+        adapter = pending.pop()
+        found |= dict.fromkeys(adapter.network_classes, adapter)
+        pending += adapter.__subclasses__()
+    return found
 
 
-def _adapter(network) -> type[NetworkDenoiser] | None:
+def _adapter(network) -> type[Denoiser] | None:
     known = _adapters()
     return next((known[c.__name__] for c in type(unwrap(network)).__mro__ if c.__name__ in known), None)
 
 
-def wrap(network: nn.Module, interpolant: Interpolant, prediction_type: str) -> NetworkDenoiser:
+def wrap(network: nn.Module, interpolant: Interpolant, prediction_type: str) -> Denoiser:
     """The denoiser of ``network``, by its class (under PEFT, torch.compile and accelerate's wrappers).
 
     Raises:
@@ -94,7 +111,7 @@ def wrap(network: nn.Module, interpolant: Interpolant, prediction_type: str) -> 
     return adapter(network, interpolant, prediction_type)
 
 
-def from_pipeline(pipe) -> NetworkDenoiser:
+def from_pipeline(pipe) -> Denoiser:
     """The denoiser of a Diffusers pipeline: its network on the interpolant of its scheduler.
 
     Raises:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from genkit.denoisers.base import Condition
-from genkit.denoisers.network import NetworkDenoiser, unwrap
+from genkit.denoisers.network import NetworkDenoiser
 
 
 class UNet2D(NetworkDenoiser):
@@ -20,7 +20,7 @@ class UNet2D(NetworkDenoiser):
 
     @property
     def condition_names(self):  # type: ignore[override]
-        config = unwrap(self.network).config
+        config = self.inner.config
         names = ("prompt_embeds",)
         if config.addition_embed_type == "text_time":
             names += ("text_embeds", "time_ids")
@@ -59,7 +59,7 @@ class UNet2D(NetworkDenoiser):
 
         ``guidance_scale`` is read only by networks that embed it (latent consistency models).
         """
-        config = unwrap(self.network).config
+        config = self.inner.config
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         negative = (
             negative_prompt if negative_prompt is None or isinstance(negative_prompt, str) else list(negative_prompt)
@@ -73,7 +73,7 @@ class UNet2D(NetworkDenoiser):
         )
         values, null = {"prompt_embeds": encoded[0]}, {"prompt_embeds": encoded[1]}
         if config.addition_embed_type == "text_time":
-            pixels = unwrap(self.network).config.sample_size * pipe.vae_scale_factor
+            pixels = config.sample_size * pipe.vae_scale_factor
             size = (height or pixels, width or pixels)
             ids = [*(original_size or size), *crops_coords_top_left, *(target_size or size)]
             time_ids = torch.tensor([ids] * len(prompts), dtype=encoded[0].dtype, device=encoded[0].device)

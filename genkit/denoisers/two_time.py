@@ -1,0 +1,161 @@
+"""Any denoiser as a flow map: a second time, added to the network's time embedding."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+from diffusers.models.embeddings import TimestepEmbedding
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
+
+from genkit.denoisers.base import Condition, FlowMap
+from genkit.denoisers.network import NetworkDenoiser
+
+
+class GapEmbedder(nn.Module):
+    """``W2 silu(W1 [1 - cos(f g), sin(f g)])`` of the gap ``g = t - s``; zero at ``g = 0`` and, before training, for all.
+
+    Args:
+        dim: of the embedding that it is added to.
+        num_frequencies: how many ``f``, log-spaced from ``max_frequency`` down to 1e-4 radians per unit of time. Times
+            are not multiplied by 1000: high frequencies make ``du/ds`` explode.
+
+    Source: Boffi et al., "How to build a consistency model", arXiv 2505.18825 (gap as the second time).
+    """
+
+    def __init__(self, dim: int, num_frequencies: int = 32, max_frequency: float = 1.0):
+        super().__init__()
+        self.config = dict(dim=dim, num_frequencies=num_frequencies, max_frequency=max_frequency)
+        self.hidden = nn.Linear(2 * num_frequencies, dim, bias=False)
+        self.out = nn.Linear(dim, dim, bias=False)
+        nn.init.zeros_(self.out.weight)
+
+    def forward(self, gap: Tensor) -> Tensor:
+        """Gaps ``(B,)`` in float32 at least -> ``(B, dim)``."""
+        exponent = torch.linspace(0, 1, self.config["num_frequencies"], dtype=gap.dtype, device=gap.device)
+        angle = gap[:, None] * self.config["max_frequency"] * (1e-4 / self.config["max_frequency"]) ** exponent
+        # 1 - cos, without its cancellation at small angles.
+        features = torch.cat((2 * torch.sin(angle / 2) ** 2, torch.sin(angle)), dim=-1)
+        return self.out(nn.functional.silu(self.hidden(features.to(self.hidden.weight.dtype))))
+
+
+class TwoTimeNetwork(nn.Module):
+    """A network and its gap embedder as one module: what is trained, averaged, wrapped and saved.
+
+    Called outside :meth:`at_gap`, ``network`` is as it was before.
+    """
+
+    def __init__(self, network: nn.Module, time_modules: list[nn.Module], gap_embedder: GapEmbedder):
+        super().__init__()
+        self.network = network
+        self.gap_embedder = gap_embedder
+        self._embedding: Tensor | None = None
+        for module in time_modules:
+            module.register_forward_hook(self._add)
+
+    def _add(self, module, inputs, output: Tensor) -> Tensor:
+        return output if self._embedding is None else output + self._embedding.to(output.dtype)
+
+    @contextmanager
+    def at_gap(self, gap: Tensor) -> Iterator[None]:
+        """Within, the time embedding is that of ``t`` plus that of ``gap`` ``(B,)``."""
+        with self._added(self.gap_embedder(gap)):
+            yield
+
+    @contextmanager
+    def _added(self, embedding: Tensor | None) -> Iterator[None]:
+        before, self._embedding = self._embedding, embedding
+        try:
+            yield
+        finally:
+            self._embedding = before
+
+    def enable_gradient_checkpointing(self) -> None:
+        """As Diffusers' method of this name, remembering the gap: ``backward`` runs the blocks again after the call."""
+
+        self.network.enable_gradient_checkpointing(self._checkpoint)
+
+    def disable_gradient_checkpointing(self) -> None:
+        self.network.disable_gradient_checkpointing()
+
+    def _checkpoint(self, block, *inputs):
+        embedding = self._embedding
+
+        def run(*inputs):
+            with self._added(embedding):
+                return block(*inputs)
+
+        return checkpoint(run, *inputs, use_reentrant=False)
+
+
+class TwoTime(FlowMap):
+    """The flow map ``u(x, t, s)`` made of a denoiser of one time; before training ``u(x, t, s) = v(x, t)`` bit for bit.
+
+    The network sees ``embedding(t) + gap_embedder(t - s)``. Its output, of whichever prediction type, is read as an
+    average velocity with the coefficients of ``t``.
+
+    Args:
+        denoiser: the teacher's adapter. Its network is *not* copied: outside of this flow map it stays what it was.
+        gap_embedder: a trained one, or ``None`` for a new one.
+
+    Raises:
+        ValueError: a network that names no time embedding, or a compiled one.
+    """
+
+    network: TwoTimeNetwork
+
+    def __init__(self, denoiser: NetworkDenoiser, gap_embedder: GapEmbedder | None = None):
+        if any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in denoiser.network.modules()):
+            raise ValueError(
+                "denoiser.network is compiled, and a compiled network skips the hooks through which it gets the gap; "
+                "give TwoTime the network as it was before torch.compile"
+            )
+        modules = [denoiser.inner.get_submodule(name) for name in denoiser.time_modules()]
+        if gap_embedder is None:
+            embedding = next(m for m in modules[0].modules() if isinstance(m, TimestepEmbedding))
+            weight = next(embedding.parameters())
+            gap_embedder = GapEmbedder(embedding.linear_2.out_features).to(weight.device)
+        super().__init__(
+            TwoTimeNetwork(denoiser.network, modules, gap_embedder), denoiser.interpolant, "flow_prediction"
+        )
+        self.denoiser = denoiser
+        if getattr(denoiser.inner, "is_gradient_checkpointing", False):
+            self.network.enable_gradient_checkpointing()
+
+    def forward(self, z: Tensor, t: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
+        return self._average_velocity(z, t, t, timestep, condition)
+
+    def average_velocity(self, x: Tensor, t: Tensor, s: Tensor, condition: Condition | None = None) -> Tensor:
+        return self._average_velocity(x, t, s, self.interpolant.timestep(t), condition)
+
+    def _average_velocity(self, x, t, s, timestep, condition):
+        differentiating = torch._C._functorch.maybe_current_level() is not None
+        self._check_checkpointing(differentiating)
+        # Fused attention kernels have no forward-mode derivative.
+        attention = sdpa_kernel(SDPBackend.MATH) if differentiating else nullcontext()
+        with attention, self.network.at_gap(t - s):
+            raw = self.denoiser.forward(x, t, timestep, condition or Condition())
+        return self.interpolant.convert(raw, self.denoiser.prediction_type, self.prediction_type, x, t)
+
+    def _check_checkpointing(self, differentiating: bool) -> None:
+        if not torch.is_grad_enabled():
+            return
+        active = [m for m in self.denoiser.inner.modules() if getattr(m, "gradient_checkpointing", False)]
+        if active and differentiating:
+            raise ValueError(
+                "gradient checkpointing is on, and torch.func.jvp cannot go through it; call "
+                "disable_gradient_checkpointing() on the network, or use a method without jvp (PSD, finite differences)"
+            )
+        if any(m._gradient_checkpointing_func != self.network._checkpoint for m in active):
+            raise ValueError(
+                "gradient checkpointing was switched on behind the flow map, so that backward would recompute blocks "
+                "without the gap; call enable_gradient_checkpointing() of flow_map.network instead of the inner network's"
+            )
+
+    def encode(self, pipe, **inputs) -> Condition:
+        """The condition that ``pipe`` would make of ``inputs``; see the adapter's."""
+        return self.denoiser.encode(pipe, **inputs)
+
+    def _submodules(self) -> dict[str, nn.Module]:
+        return self.denoiser._submodules()
