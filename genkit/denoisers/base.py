@@ -33,7 +33,7 @@ class Condition:
         if self.null_values is not None:
             if set(self.null_values) != set(self.values):
                 raise ValueError(
-                    f"null_values names {sorted(self.null_values)} but values names {sorted(self.values)}; they must agree"
+                    f"null_values names {sorted(self.null_values)}, values {sorted(self.values)}; they must agree"
                 )
             object.__setattr__(self, "null_values", MappingProxyType(dict(self.null_values)))
         sizes = {name: len(v) for part in (self.values, self.null_values or {}) for name, v in part.items()}

@@ -1,5 +1,6 @@
 """Adapters for the networks of Diffusers: a file a network class, found by walking this folder."""
 
+import inspect
 import sys
 from abc import abstractmethod
 
@@ -9,7 +10,6 @@ from torch import Tensor, nn
 from genkit.denoisers.base import Condition, Denoiser
 from genkit.interpolants import PREDICTION_TYPES, Interpolant, from_scheduler, scheduler_prediction_type
 from genkit.registry import members
-
 
 _COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -133,11 +133,23 @@ def from_pipeline(pipe) -> Denoiser:
             "preconditioning"
         )
     prediction_type = scheduler_prediction_type(scheduler)
-    carried = scheduler.config.get("prediction_type", prediction_type)
-    if prediction_type == "flow_prediction" and carried != prediction_type:
+    foreign = _noise_settings(scheduler) if prediction_type == "flow_prediction" else {}
+    if foreign:
         raise ValueError(
-            f"scheduler={name} takes flow_prediction, but its config has prediction_type={carried!r} from the scheduler "
-            f"that the network was made for; use one of that family, or set prediction_type='flow_prediction' in the "
-            "config if the network was retrained for a flow"
+            f"scheduler={name} takes flow_prediction, but its config has {foreign} from the scheduler that the network "
+            "was made for; use one of that family, or build the scheduler without these settings if the network was "
+            "retrained for a flow"
         )
     return wrap(networks[0], from_scheduler(scheduler), prediction_type)
+
+
+def _noise_settings(scheduler) -> dict:
+    """What ``from_config`` carried into a flow scheduler's config from that of a noise-predicting one."""
+    config = scheduler.config
+    own = inspect.signature(type(scheduler).__init__).parameters
+    found = {
+        key: config[key] for key in ("beta_schedule", "beta_start", "beta_end") if key in config and key not in own
+    }
+    if config.get("prediction_type", "flow_prediction") != "flow_prediction":
+        found["prediction_type"] = config["prediction_type"]
+    return found

@@ -14,7 +14,7 @@ from genkit.denoisers.network import NetworkDenoiser
 
 
 class GapEmbedder(nn.Module):
-    """``W2 silu(W1 [1 - cos(f g), sin(f g)])`` of the gap ``g = t - s``; zero at ``g = 0`` and, before training, for all.
+    """``W2 silu(W1 [1 - cos(f g), sin(f g)])`` of the gap ``g = t - s``; 0 at ``g = 0``; 0 for all before training.
 
     Args:
         dim: of the embedding that it is added to.
@@ -150,7 +150,7 @@ class TwoTime(FlowMap):
         if any(m._gradient_checkpointing_func != self.network._checkpoint for m in active):
             raise ValueError(
                 "gradient checkpointing was switched on behind the flow map, so that backward would recompute blocks "
-                "without the gap; call enable_gradient_checkpointing() of flow_map.network instead of the inner network's"
+                "without the gap; call flow_map.network.enable_gradient_checkpointing(), not the inner network's"
             )
 
     def encode(self, pipe, **inputs) -> Condition:

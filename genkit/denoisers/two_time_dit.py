@@ -1,5 +1,6 @@
 """genkit's own two-time transformer as a flow map."""
 
+import torch
 from torch import Tensor
 
 from genkit.denoisers.base import Condition, FlowMap
@@ -23,13 +24,18 @@ class TwoTimeDiT(FlowMap):
         u = self.network(x, t, s, labels)
         return self.interpolant.convert(u, self.prediction_type, "flow_prediction", x, t)
 
-    def encode(self, class_labels: Tensor) -> Condition:
-        """A condition from labels ``(B,)``.
+    def encode(self, pipe, class_labels: Tensor | list[int] | None = None) -> Condition:
+        """A condition from labels ``(B,)``; ``None`` for an unconditional network.
 
         Raises:
             ValueError: a label outside ``0 .. num_classes - 1``.
         """
         n = self.network.config.num_classes
+        if class_labels is None and not n:
+            return Condition()
+        if class_labels is None:
+            raise ValueError(f"class_labels=None, but the network is conditional: accepted are 0 to {n - 1}")
+        class_labels = torch.as_tensor(class_labels, dtype=torch.int64, device=self.network.device)
         if not n:
             raise ValueError("class_labels were given but the network is unconditional (num_classes=0)")
         bad = class_labels[(class_labels < 0) | (class_labels >= n)]
