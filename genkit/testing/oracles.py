@@ -5,11 +5,13 @@ and for any event shape, so that guiders, solvers and losses can be checked agai
 """
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from genkit.data.eight_gaussians import RADIUS, STD, centres
+from genkit.denoisers.function import FunctionDenoiser
 from genkit.interpolants import PREDICTION_TYPES, Interpolant, Linear, expand
 from genkit.registry import unknown
 
@@ -114,6 +116,10 @@ class GaussianMixture:
     def log_density(self, x: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
         """``log p_t(x)`` in nats, shape ``(B,)``, float32 or float64; arguments as in :meth:`predict`."""
         return self._components(x, t, class_labels)[-1].logsumexp(1)
+
+    def denoiser(self, prediction_type: str = "flow_prediction") -> FunctionDenoiser:
+        """The law as a perfectly trained network; its condition may hold ``class_labels``."""
+        return FunctionDenoiser(partial(self.predict, prediction_type), self.interpolant, prediction_type)
 
     # -- shared work --------------------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from scipy.integrate import quad
 
+from genkit.denoisers.base import Condition
 from genkit.interpolants import DiscreteVP, Linear, Trigonometric, VarianceExploding, VariancePreserving
 from genkit.testing.distances import sliced_wasserstein
 from genkit.testing.oracles import Gaussian, GaussianMixture, eight_gaussians, probability_flow, two_class_mixture
@@ -111,14 +112,21 @@ def test_both_ends_are_exact(path):
         torch.testing.assert_close(law.epsilon(x, end), x, rtol=0, atol=1e-15)
 
 
-@pytest.mark.parametrize("path", PATHS, ids=ids)
+@pytest.mark.parametrize("path", PATHS[:-1], ids=ids)  # the velocity of DiscreteVP jumps a thousand times
 def test_gaussian_flow_map_is_the_ode_solution(path):
     law, x = Gaussian([1.0, -2.0], [0.5, 0.8], interpolant=path), points()[:, 0]
-    for t, s in [(0.9, 0.2), (0.2, 0.9)]:
+    for t, s in [(0.2, 0.9), (0.9, 0.2)]:
         solved = probability_flow(law.velocity, x, t, s, steps=700)
-        tolerance = 1e-5 if isinstance(path, DiscreteVP) else 1e-9  # whose velocity jumps from interval to interval
         exact = law.flow_map(x, torch.tensor(t, dtype=F64), torch.tensor(s, dtype=F64))
-        torch.testing.assert_close(exact, solved, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(exact, solved, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("path", PATHS, ids=ids)
+def test_gaussian_flow_map_moves_with_the_velocity(path):
+    law, x = Gaussian([1.0, -2.0], [0.5, 0.8], interpolant=path), points()[:, 0]
+    t, s = torch.tensor([[0.8, 0.1, 0.3, 0.9, 0.5], [0.1003, 0.8003, 0.2003, 0.4003, 0.5003]], dtype=F64)
+    end, slope = torch.func.jvp(lambda s: law.flow_map(x, t, s), (s,), (torch.ones_like(s),))
+    torch.testing.assert_close(slope, law.velocity(end, s), rtol=1e-10, atol=1e-10)
 
 
 def linear_case(n=4096):
@@ -134,7 +142,7 @@ def test_flow_map_semigroup_inverse_and_identity():
     law, x, t, w, s = linear_case()
     direct = law.flow_map(x, t, s)
     assert (law.flow_map(law.flow_map(x, t, w), w, s) - direct).abs().max() < 1e-14
-    assert (law.flow_map(direct, s, t) - x).abs().max() < 1e-13  # growing back amplifies rounding
+    assert (law.flow_map(direct, s, t) - x).abs().max() < 1e-14
     assert (law.flow_map(x, t, t) - x).abs().max() < 1e-15
     ends = torch.zeros(len(x), dtype=F64), torch.ones(len(x), dtype=F64)
     noise = law.flow_map(law.sample(len(x), generator=torch.Generator().manual_seed(2)), *ends)
@@ -194,6 +202,16 @@ def test_class_restriction_equals_the_law_of_that_class():
     assert (law.velocity(x, t, ones) - law.velocity(x, t)).abs().max() > 0.1
 
 
+def test_as_a_denoiser_with_classes():
+    law, x, t = mixture(), points(), torch.tensor(0.4, dtype=F64)
+    labels, null = torch.ones(len(x), dtype=torch.int64), torch.full((len(x),), law.num_classes)
+    condition = Condition({"class_labels": labels}, {"class_labels": null})
+    for prediction_type in ("epsilon", "sample", "v_prediction", "flow_prediction"):
+        conditional, unconditional = law.denoiser(prediction_type).many(x, t, [condition, condition.null()])
+        torch.testing.assert_close(conditional.sample, law.denoise(x, t, labels), rtol=0, atol=1e-13)
+        torch.testing.assert_close(unconditional.velocity, law.velocity(x, t), rtol=0, atol=1e-13)
+
+
 def test_batched_times_and_dtypes():
     law, x, t = eight_gaussians(), points()[:, 0], torch.tensor([0.0, 0.2, 0.5, 0.8, 1.0], dtype=F64)
     rows = torch.cat([law.velocity(x[i : i + 1], t[i]) for i in range(len(x))])
@@ -228,7 +246,7 @@ def test_sliced_wasserstein():
     x = torch.randn(2000, 3, generator=generator)
     assert sliced_wasserstein(x, x[torch.randperm(2000, generator=generator)]) == 0
     # A shift by d moves every projection by <a, d>, whose mean square over directions is |d|^2 / dimension.
-    assert sliced_wasserstein(x, x + torch.tensor([3.0, 0.0, 0.0]), projections=4096) == pytest.approx(3**0.5, rel=0.05)
+    assert sliced_wasserstein(x, x + torch.tensor([3.0, 0.0, 0.0]), projections=1024) == pytest.approx(3**0.5, rel=0.05)
     assert sliced_wasserstein(x, 2 * x) == pytest.approx(1, rel=0.05)
     assert sliced_wasserstein(x, -x, seed=1) != sliced_wasserstein(x, -x, seed=2)
     with pytest.raises(ValueError, match=r"got \(2000, 3\) and \(5, 3\)"):
