@@ -1,35 +1,123 @@
 """What a guider is: a rule from a network's predictions at one point of a trajectory to the prediction to follow."""
 
-from abc import abstractmethod
-from dataclasses import dataclass
+import math
+import sys
 from typing import Any
 
 from diffusers.guiders import BaseGuidance
 from torch import Tensor
 
-from genkit.denoisers.base import Condition, Denoiser, Prediction
+from genkit.denoisers.base import Prediction
+from genkit.guidance.point import Guided, Point
+from genkit.guidance.protocol import ModularProtocol
+
+__all__ = ["Guided", "Guider", "Point", "check_range"]
 
 
-@dataclass
-class Point:
-    """Where a guider is asked for a prediction.
+class Guider(ModularProtocol):
+    """A guidance rule. Works in :mod:`genkit.sampling`, in ``guided(pipe, guider)`` and in modular pipelines.
 
-    ``z`` is what the network sees (variance-preserving also where a scheduler's own sample is not), shape ``(B, ...)``;
-    ``t`` and ``t_next`` are times of the interpolant, shape ``()``; ``timestep`` is the scheduler's own name of ``t``.
+    To add one, write one file in this folder. A rule that only combines the two predictions implements :meth:`combine`::
+
+        from diffusers.configuration_utils import register_to_config
+        from genkit.guidance.base import Guider
+
+        class MyGuidance(Guider):
+            @register_to_config
+            def __init__(self, *, guidance_scale=3.0, start=0.0, stop=1.0, enabled=True, scheduler_config=None):
+                super().__init__(start=start, stop=stop, enabled=enabled, scheduler_config=scheduler_config)
+                self.guidance_scale = guidance_scale
+
+            def combine(self, parts, state):
+                cond, uncond = parts["cond"], parts["uncond"]
+                return cond.with_raw(uncond.raw + self.guidance_scale * (cond.raw - uncond.raw)), state
+
+    A rule that evaluates the network itself (at other points, under other conditions) overrides :meth:`guide`.
+
+    Constructor arguments are keyword-only (Diffusers loses positional ones) and must survive JSON; attributes of the same
+    names cannot be changed afterwards, since such a change would not be saved: ``guider.new(guidance_scale=5)`` copies.
+
+    Args:
+        start, stop: the window, as positions ``1 - t`` on the noise axis: 0 is pure noise, 1 is clean. Outside it the
+            conditional prediction is followed, at the cost of one call. ``stop=1`` is on to the end, however many stages a
+            solver has.
+        enabled: ``False`` always follows the conditional prediction.
+        scheduler_config: what :func:`genkit.attach` stores for modular pipelines; not for users.
+
+    Raises:
+        ValueError: a window that is not ``0 <= start < 1``, ``start <= stop <= 1``.
     """
 
-    denoiser: Denoiser
-    z: Tensor
-    t: Tensor
-    t_next: Tensor | None
-    timestep: Tensor | None
-    condition: Condition
+    def __init__(
+        self,
+        *,
+        start: float = 0.0,
+        stop: float = 1.0,
+        enabled: bool = True,
+        scheduler_config: dict | None = None,
+    ):
+        check_range("start", start, 0, 1, open_high=True)
+        check_range("stop", stop, start, 1)
+        super().__init__(start, stop, enabled, scheduler_config)
+        self.start, self.stop = start, stop
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        # Diffusers' loader looks the base class up in the module that defines the component.
+        vars(sys.modules[cls.__module__]).setdefault("BaseGuidance", BaseGuidance)
+
+    def __setattr__(self, name: str, value) -> None:
+        if name in self.__dict__ and name in self.__dict__.get("_internal_dict", ()):
+            raise AttributeError(
+                f"{name}={value!r} would not be saved with the {type(self).__name__}; use guider.new({name}={value!r})"
+            )
+        super().__setattr__(name, value)
+
+    @property
+    def neutral(self) -> bool:
+        """Whether the settings make the rule return the conditional prediction everywhere."""
+        return getattr(self, "guidance_scale", None) == 1
+
+    def active(self, t: Tensor) -> bool:
+        """Whether the rule acts at time ``t``, shape ``()``."""
+        if not (self._switched_on and self._enabled) or self.neutral:
+            return False
+        progress = 1 - float(t)
+        return (self.start == 0 or progress >= self.start) and (self.stop == 1 or progress <= self.stop)
+
+    def guide(self, point: Point, state: Any) -> tuple[Guided, Any]:
+        """The rule: what to follow at ``point``, and the state for the next evaluation.
+
+        Pure given ``state``, which is ``None`` at the start of a run. A state is per sample and has ``gather(index)``,
+        so that samples can be re-indexed along the run. A point may be asked for twice (second-order solvers evaluate
+        twice at one time): a state that advances must do so once per time.
+
+        Args:
+            point: where the network is asked.
+            state: ``None``, or what the last call returned.
+        """
+        conditions = [point.condition]
+        if not self.active(point.t):
+            (cond,) = point.denoiser.many(point.z, point.t, conditions, timestep=point.timestep)
+            return Guided(cond, {"cond": cond}), state
+        conditions.append(point.condition.null())
+        cond, uncond = point.denoiser.many(point.z, point.t, conditions, timestep=point.timestep)
+        parts = {"cond": cond, "uncond": uncond}
+        prediction, state = self.combine(parts, state)
+        return Guided(prediction, parts), state
+
+    def combine(self, parts: dict[str, Prediction], state: Any) -> tuple[Prediction, Any]:
+        """``parts["cond"]`` and ``parts["uncond"]`` to the prediction to follow; ``state`` as in :meth:`guide`."""
+        raise NotImplementedError(f"{type(self).__name__} implements neither combine nor guide")
 
 
-@dataclass
-class Guided:
-    """What a guider answers: the prediction to follow, the ones it was made from, and ``z`` if it moved the point."""
-
-    prediction: Prediction
-    parts: dict[str, Prediction]
-    z: Tensor | None = None
+def check_range(
+    setting: str, value: float, low: float, high: float = math.inf, *, open_low: bool = False, open_high: bool = False
+) -> None:
+    """Raise ``ValueError`` naming setting, value and accepted range unless ``value`` lies in it."""
+    above = value > low if open_low else value >= low
+    below = value < high if open_high else value <= high
+    if not (above and below):
+        left, right = "<" if open_low else "<=", "<" if open_high else "<="
+        upper = "" if high == math.inf else f" {right} {high:g}"
+        raise ValueError(f"{setting}={value!r}: accepted is {low:g} {left} {setting}{upper}")
