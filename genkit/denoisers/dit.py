@@ -36,13 +36,17 @@ class DiT(NetworkDenoiser):
     def time_modules(self) -> list[str]:
         return [f"transformer_blocks.{i}.norm1.emb" for i in range(len(self.inner.transformer_blocks))]
 
-    def encode(self, pipe, class_labels: int | Sequence[int] | Tensor) -> Condition:
+    def encode(self, pipe, class_labels: int | Sequence[int] | Tensor | None) -> Condition:
         """Class labels ``(B,)`` and the null class.
 
         Raises:
-            ValueError: a label out of range.
+            ValueError: no labels, or a label out of range.
         """
         num_classes = self.inner.config.num_embeds_ada_norm
+        if class_labels is None:
+            raise ValueError(
+                f"class_labels=None, but the network is class-conditional; accepted are 0 to {num_classes - 1}"
+            )
         labels = torch.as_tensor(class_labels, device=self.inner.device).reshape(-1).long()
         bad = labels[(labels < 0) | (labels >= num_classes)]
         if len(bad):

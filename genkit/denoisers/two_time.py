@@ -100,12 +100,15 @@ class TwoTime(FlowMap):
         gap_embedder: a trained one, or ``None`` for a new one.
 
     Raises:
+        TypeError: a denoiser of a plain function.
         ValueError: a network that names no time embedding, or a compiled one.
     """
 
     network: TwoTimeNetwork
 
     def __init__(self, denoiser: NetworkDenoiser, gap_embedder: GapEmbedder | None = None):
+        if not isinstance(denoiser, NetworkDenoiser):
+            raise TypeError(f"{type(denoiser).__name__} is no adapter of a network; use a FunctionFlowMap")
         if any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in denoiser.network.modules()):
             raise ValueError(
                 "denoiser.network is compiled, and a compiled network skips the hooks through which it gets the gap; "

@@ -170,6 +170,8 @@ def test_dit_labels(tiny_pipeline):
     for bad in (1000, -1):
         with pytest.raises(ValueError, match=rf"class_labels=\[{bad}\] out of range; accepted are 0 to 999"):
             denoiser.encode(pipe, class_labels=[3, bad])
+    with pytest.raises(ValueError, match="class_labels=None, but the network is class-conditional"):
+        denoiser.encode(pipe, class_labels=None)
 
 
 def test_dit_drops_no_labels_by_itself_in_training_mode(tiny_pipeline):
@@ -213,14 +215,12 @@ def test_features_are_the_outputs_of_the_named_modules(name, at, tiny_pipeline):
     assert len(features) == len(at)
     if name == "sd15":
         assert features[0].shape == (1, 16, 8, 8) and features[1].shape == (1, 8, 8, 8)
+
     # A feature is on the way to the output: moving it moves the prediction.
-    handle = (
-        backbone(pipe)
-        .get_submodule(at[0])
-        .register_forward_hook(
-            lambda _m, _i, out: out + 1 if torch.is_tensor(out) else tuple(o if o is None else o + 1 for o in out)
-        )
-    )
+    def move(_module, _inputs, output):
+        return output + 1 if torch.is_tensor(output) else tuple(o if o is None else o + 1 for o in output)
+
+    handle = backbone(pipe).get_submodule(at[0]).register_forward_hook(move)
     assert not torch.equal(denoiser(z, t, condition).raw, prediction.raw)
     handle.remove()
     with pytest.raises(ValueError, match=r"at=\['nowhere'\]: no such sub-modules"):
