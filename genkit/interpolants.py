@@ -367,12 +367,7 @@ class VarianceExploding(Interpolant):
         return torch.log(self.sigma_max * t) / 4
 
 
-_FLOW = {
-    "FlowMatchEulerDiscreteScheduler",
-    "FlowMatchHeunDiscreteScheduler",
-    "FlowMatchLCMScheduler",
-    "FlowMapScheduler",
-}
+_FLOW = {"FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler"}
 _EDM = {"EDMEulerScheduler", "EDMDPMSolverMultistepScheduler", "CosineDPMSolverMultistepScheduler"}
 
 
@@ -389,6 +384,8 @@ def from_scheduler(scheduler) -> Interpolant:
     """
     name = type(scheduler).__name__
     config = scheduler.config
+    if isinstance(getattr(scheduler, "interpolant", None), Interpolant):  # genkit's own schedulers say it themselves
+        return scheduler.interpolant
     if name in _FLOW or config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction":
         return Linear(config.get("num_train_timesteps", 1000))
     if name in _EDM:
@@ -412,6 +409,8 @@ def scheduler_prediction_type(scheduler) -> str:
     """
     name = type(scheduler).__name__
     config = scheduler.config
+    if isinstance(getattr(scheduler, "interpolant", None), Interpolant):
+        return scheduler.prediction_type
     if name in _FLOW or config.get("use_flow_sigmas"):
         return "flow_prediction"
     if name == "SCMScheduler":

@@ -1,0 +1,216 @@
+"""THE sampling loop. Every diffusion pipeline of the toolkit draws its samples here."""
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from genkit.denoisers.base import Condition, Denoiser, FlowMap, Prediction
+from genkit.guidance.base import Guided, Guider, Point
+from genkit.interpolants import from_scheduler, scheduler_prediction_type
+
+# Where Diffusers' multistep and multistage schedulers keep what they remember of earlier steps, per sample.
+_HISTORY = (
+    "ets",
+    "model_outputs",
+    "derivatives",
+    "prev_derivative",
+    "dt",
+    "sample",
+    "cur_sample",
+    "last_sample",
+    "noise",
+)
+
+
+@dataclass(frozen=True)
+class State:
+    """A batch of samples at one point of the loop.
+
+    ``i`` numbers the evaluations from 0; ``t`` and ``t_next`` are times in [0, 1] (float64 scalars), ``timestep`` the
+    scheduler's own name of ``t``; ``x`` is ``(B, ...)``; ``guided`` holds the predictions made at ``t``;
+    ``log_weights`` is ``(B,)`` where particles are weighted.
+    """
+
+    i: int
+    t: Tensor
+    t_next: Tensor
+    timestep: Tensor
+    x: Tensor
+    guided: Guided
+    guider_state: Any
+    scheduler: Any
+    generators: Sequence[torch.Generator] | torch.Generator | None = None
+    log_weights: Tensor | None = None
+
+    def gather(self, index: Tensor) -> "State":
+        """The state with sample ``index[j]`` at row ``j``: everything kept per sample is re-indexed together.
+
+        Raises:
+            ValueError: the scheduler remembers earlier steps and cannot re-index them.
+        """
+        if hasattr(self.scheduler, "gather"):
+            self.scheduler.gather(index)
+        else:
+            held = [name for name in _HISTORY if _holds_tensor(getattr(self.scheduler, name, None))]
+            if held:
+                raise ValueError(
+                    f"scheduler={type(self.scheduler).__name__} remembers earlier steps ({', '.join(held)}) and cannot "
+                    "re-index them; use one without history, such as FlowMatchEulerDiscreteScheduler or DDIMScheduler"
+                )
+        generators = self.generators
+        if isinstance(generators, Sequence):
+            generators = [generators[j] for j in index.tolist()]
+        guided = replace(
+            self.guided,
+            prediction=self.guided.prediction.index(index),
+            parts={name: part.index(index) for name, part in self.guided.parts.items()},
+            z=None if self.guided.z is None else self.guided.z[index],
+        )
+        return replace(
+            self,
+            x=self.x[index],
+            guided=guided,
+            guider_state=None if self.guider_state is None else self.guider_state.gather(index),
+            generators=generators,
+            log_weights=None if self.log_weights is None else self.log_weights[index],
+        )
+
+
+class Particles(Protocol):
+    """What turns a batch of independent samples into weighted, interacting ones."""
+
+    def after_evaluation(self, state: State) -> State:
+        """Weigh, and resample samples and their cached predictions together."""
+        ...
+
+    def after_step(self, state: State) -> State:
+        """Look ahead, once the step has been taken."""
+        ...
+
+
+@torch.no_grad()
+def trajectory(
+    denoiser: Denoiser,
+    scheduler,
+    x: Tensor,
+    condition: Condition | None = None,
+    *,
+    guider: Guider | None = None,
+    particles: Particles | None = None,
+    callback: Callable[[State], State] | None = None,
+    generators: Sequence[torch.Generator] | torch.Generator | None = None,
+    progress: bool = False,
+    **step_kwargs,
+) -> Iterator[State]:
+    """Walk ``scheduler.timesteps`` from noise ``x`` and yield the state after every step; stop by not asking further.
+
+    Args:
+        denoiser: the network; under a scheduler that names jump targets it must be a flow map.
+        scheduler: a Diffusers scheduler on which ``set_timesteps`` has been called.
+        x: ``(B, ...)``, standard normal times ``scheduler.init_noise_sigma``.
+        condition: what to generate; its unconditional branch is what guiders use.
+        guider: rule that combines predictions; ``None`` follows the conditional one.
+        particles: weighs and resamples between evaluation and step.
+        callback: sees, and may replace, the state after every step.
+        generators: one a sample, so that a sample does not depend on its neighbours, or one for all.
+        progress: show a bar.
+        step_kwargs: passed to ``scheduler.step`` (``eta`` ...).
+
+    Raises:
+        ValueError: denoiser and scheduler do not fit, or a guider on a flow map.
+    """
+    condition = condition or Condition()
+    is_map = check_fit(denoiser, scheduler, guider)
+    expected = scheduler_prediction_type(scheduler)
+    timesteps = scheduler.timesteps
+    # Times stay on the CPU: coefficients are computed there and no step waits for the device.
+    times = torch.cat((denoiser.interpolant.time(timesteps.cpu()), torch.zeros(1, dtype=torch.float64)))
+    accepted = inspect.signature(scheduler.step).parameters
+    unknown_kwargs = set(step_kwargs) - set(accepted)
+    if unknown_kwargs:
+        raise ValueError(
+            f"{type(scheduler).__name__}.step takes no {sorted(unknown_kwargs)}; it takes {list(accepted)}"
+        )
+    guider_state, log_weights = None, None
+    for i, timestep in enumerate(tqdm(timesteps, disable=not progress, leave=False)):
+        t, t_next = times[i], times[i + 1]
+        z = scheduler.scale_model_input(x, timestep) if hasattr(scheduler, "scale_model_input") else x
+        if is_map:
+            guided = _jump(denoiser, z, t, scheduler.jump_target(timestep), condition)  # type: ignore[arg-type]
+        elif guider is None:
+            prediction = denoiser(z, t, condition, timestep=timestep)
+            guided = Guided(prediction, {"cond": prediction})
+        else:
+            point = Point(denoiser, z, t, t_next, timestep, condition)
+            guided, guider_state = guider.guide(point, guider_state)
+            if guided.z is not None:  # the guider moved the network's input: move the sample that it was scaled from
+                scale = scheduler.scale_model_input(torch.ones(1, device=x.device), timestep) if z is not x else 1
+                x = x + (guided.z - z) / scale
+        state = State(i, t, t_next, timestep, x, guided, guider_state, scheduler, generators, log_weights)
+        if particles is not None:
+            state = particles.after_evaluation(state)
+        output = state.guided.prediction.raw if is_map else state.guided.prediction.as_type(expected)
+        kwargs = dict(step_kwargs)
+        if "generator" in accepted and state.generators is not None:
+            kwargs["generator"] = state.generators
+        x = scheduler.step(output, timestep, state.x, **kwargs, return_dict=False)[0]
+        state = replace(state, x=x)
+        if particles is not None:
+            state = particles.after_step(state)
+        if callback is not None:
+            state = callback(state)
+        x, guider_state, generators, log_weights = (
+            state.x,
+            state.guider_state,
+            state.generators,
+            state.log_weights,
+        )
+        yield state
+
+
+def sample(denoiser: Denoiser, scheduler, x: Tensor, condition: Condition | None = None, **kwargs) -> Tensor:
+    """The last sample of :func:`trajectory`, which takes the same arguments."""
+    for state in trajectory(denoiser, scheduler, x, condition, **kwargs):
+        x = state.x
+    return x
+
+
+def check_fit(denoiser: Denoiser, scheduler, guider: Guider | None = None) -> bool:
+    """Whether the loop makes jumps (a flow map under a scheduler of jumps); raises where the parts do not fit."""
+    jumps = hasattr(scheduler, "jump_target")
+    if jumps and not isinstance(denoiser, FlowMap):
+        raise ValueError(
+            f"scheduler={type(scheduler).__name__} jumps between two times, but denoiser={type(denoiser).__name__} "
+            "knows one; use a flow map (genkit.denoisers.TwoTime or a two-time network)"
+        )
+    if jumps and guider is not None:
+        raise ValueError(
+            f"guider={type(guider).__name__}: off its diagonal a flow map gives no clean-sample prediction to guide; "
+            "train it with guidance (guidance_scale of the objective), or sample it with a one-time scheduler"
+        )
+    path = from_scheduler(scheduler)
+    if type(path) is not type(denoiser.interpolant):
+        raise ValueError(
+            f"scheduler={type(scheduler).__name__} walks the path {type(path).__name__}, but the denoiser was made for "
+            f"{type(denoiser.interpolant).__name__}"
+        )
+    return jumps
+
+
+def _jump(denoiser: FlowMap, x: Tensor, t: Tensor, s: Tensor, condition: Condition) -> Guided:
+    denoiser.calls += 1
+    times = [torch.as_tensor(v, device=x.device).expand(len(x)).contiguous() for v in (t, s)]
+    u = denoiser.average_velocity(x, *times, condition)
+    prediction = Prediction(u, "flow_prediction", denoiser.interpolant, x, t)
+    return Guided(prediction, {"cond": prediction})
+
+
+def _holds_tensor(value) -> bool:
+    if isinstance(value, Tensor):
+        return value.ndim > 0
+    return isinstance(value, (list, tuple)) and any(_holds_tensor(v) for v in value)
