@@ -1,0 +1,115 @@
+import warnings
+
+import pytest
+import torch
+
+from genkit.eval.metrics.base import FeatureSet
+from genkit.eval.metrics.frechet import FrechetDistance, frechet_distance, frechet_raw
+from genkit.eval.statistics import FeatureStats
+
+
+def normal(n, d, seed=0):
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def stats(x):
+    return FeatureStats(x.shape[1]).update(x)
+
+
+def of(mean, covariance, n=10_000):
+    s = FeatureStats(len(mean))
+    s.n, s.mean, s.scatter = n, mean, covariance * (n - 1)
+    return s
+
+
+def test_constants():
+    ones, twos = torch.ones(100, 64), torch.full((100, 64), 2.0)
+    assert frechet_distance(stats(ones), stats(twos)) == pytest.approx(64, abs=1e-12)
+
+
+def test_diagonal_gaussians():
+    a, b = normal(1, 20, 1)[0].exp(), normal(1, 20, 2)[0].exp()
+    mu, nu = normal(1, 20, 3)[0], normal(1, 20, 4)[0]
+    want = (mu - nu).square().sum() + (a.sqrt() - b.sqrt()).square().sum()
+    assert frechet_distance(of(mu, a.diag()), of(nu, b.diag())) == pytest.approx(float(want), rel=1e-12)
+
+
+def test_mean_shift():
+    eye, zero = torch.eye(32, dtype=torch.float64), torch.zeros(32, dtype=torch.float64)
+    assert frechet_distance(of(zero, eye), of(zero + 0.3, eye)) == pytest.approx(32 * 0.09, rel=1e-12)
+
+
+def test_sample_size_bias():
+    # E FD = (2d + d(d+1)/2) / n + O(1/n^2): n FD is 2208 for d = 64.
+    n, d = 10_000, 64
+    values = [n * frechet_distance(stats(normal(n, d, 2 * i)), stats(normal(n, d, 2 * i + 1))) for i in range(3)]
+    assert sum(values) / 3 == pytest.approx(2 * d + d * (d + 1) / 2, rel=0.02)
+
+
+def test_symmetric_and_invariant_to_order_and_rotation():
+    x, y = normal(300, 24) @ normal(24, 24, 5), normal(300, 24, 1) + 0.5
+    want = frechet_distance(stats(x), stats(y))
+    assert frechet_distance(stats(y), stats(x)) == pytest.approx(want, rel=1e-11)
+    assert frechet_distance(stats(x.flip(0)), stats(y)) == pytest.approx(want, rel=1e-11)
+    q = torch.linalg.qr(normal(24, 24, 6)).Q
+    assert frechet_distance(stats(x @ q), stats(y @ q)) == pytest.approx(want, rel=1e-11)
+
+
+@pytest.mark.filterwarnings("ignore:.*rank deficient")
+def test_rank_deficient_trace_keeps_its_digits():
+    # Identical sets: the trace of the root is the trace itself, and the raw distance is rounding noise.
+    x = normal(100, 256)
+    trace = float(stats(x).covariance.trace())
+    assert abs(frechet_raw(stats(x), stats(x))) / trace < 1e-13
+    assert abs(frechet_raw(x, x)) / trace < 1e-13
+
+
+@pytest.mark.filterwarnings("ignore:.*rank deficient")
+@pytest.mark.parametrize("n, m", [(40, 40), (30, 55)])
+def test_few_rows_give_the_same_by_their_nuclear_norm(n, m):
+    x, y = normal(n, 80) @ normal(80, 80, 5), normal(m, 80, 1) + 0.2
+    assert frechet_raw(x, y) == pytest.approx(frechet_raw(stats(x), stats(y)), rel=1e-12)
+
+
+def test_against_scipy_eigenvalues():
+    scipy_linalg = pytest.importorskip("scipy.linalg")
+    x, y = normal(400, 40) @ normal(40, 40, 5), normal(500, 40, 1) @ normal(40, 40, 7)
+    a, b = stats(x), stats(y)
+    root = sum(scipy_linalg.eigvals((a.covariance @ b.covariance).numpy()) ** 0.5).real
+    want = (a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * root
+    assert frechet_distance(a, b) == pytest.approx(float(want), rel=1e-11)
+
+
+def test_against_torchmetrics():
+    fid = pytest.importorskip("torchmetrics.image.fid")
+    x, y = normal(200, 16), normal(220, 16, 1) + 0.3
+
+    class Flatten(torch.nn.Module):
+        num_features = 16
+
+        def forward(self, images):
+            return images.flatten(1)
+
+    metric = fid.FrechetInceptionDistance(feature=Flatten(), normalize=True).set_dtype(torch.float64)
+    metric.update(x.view(-1, 1, 4, 4), real=True)
+    metric.update(y.view(-1, 1, 4, 4), real=False)
+    assert float(metric.compute()) == pytest.approx(frechet_distance(stats(x), stats(y)), rel=1e-10)
+
+
+def test_errors_and_warnings():
+    with pytest.raises(ValueError, match="at least 2 samples"):
+        frechet_distance(stats(normal(1, 4)), stats(normal(9, 4)))
+    with pytest.raises(ValueError, match="4 feature dimensions, the generated set 5"):
+        frechet_distance(stats(normal(9, 4)), stats(normal(9, 5)))
+    with pytest.warns(UserWarning, match="n=3 < d=4"):
+        frechet_distance(stats(normal(3, 4)), stats(normal(9, 4)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        frechet_distance(stats(normal(4, 4)), stats(normal(9, 4)))
+
+
+def test_metric_keeps_the_raw_value():
+    x = normal(50, 8)
+    values = FrechetDistance()(FeatureSet(stats(x)), FeatureSet(stats(x)))
+    assert set(values) == {"frechet_distance", "frechet_raw"}
+    assert values["frechet_distance"] == max(values["frechet_raw"], 0.0) and abs(values["frechet_raw"]) < 1e-12
