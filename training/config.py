@@ -1,0 +1,277 @@
+"""The settings of a run: YAML, dotted overrides, and errors that say which setting is wrong and what is accepted."""
+
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from yaml import YAMLError
+
+from genkit.data.base import Source
+from genkit.registry import lookup, unknown
+from genkit.training.objectives.base import Objective
+
+
+class Section(BaseModel):
+    """A part of the settings; an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Named(BaseModel):
+    """A member of a family by name, and that member's own settings beside it."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class Model(BaseModel):
+    """What is trained: a new network, or one from a Diffusers pipeline folder.
+
+    ``network``: name of a file in ``genkit.networks``, whose constructor's arguments stand beside it; ``scheduler``
+    (``{name: class, ...its arguments}``) then fixes the path and what the network predicts, and is exported with it.
+    ``pretrained``: a pipeline folder, which brings all of that.
+    """
+
+    model_config = ConfigDict(extra="allow", frozen=True, protected_namespaces=())
+    network: str | None = None
+    pretrained: str | None = None
+    scheduler: Named = Named(name="FlowMatchEulerDiscreteScheduler")
+
+    @model_validator(mode="after")
+    def _one(self):
+        if (self.network is None) == (self.pretrained is None):
+            raise ValueError("exactly one of network and pretrained must be set")
+        if self.pretrained is not None and (self.model_extra or "scheduler" in self.model_fields_set):
+            extra = sorted(set(self.model_extra or {}) | (self.model_fields_set - {"pretrained"}))
+            raise ValueError(f"{', '.join(extra)} cannot be set with pretrained, which brings its own")
+        return self
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class Adapter(Section):
+    """Which weights train: all (``full``), or low-rank updates (``lora``) beside the frozen ones.
+
+    ``target_modules`` are name endings as in PEFT; unset means the attention's projections.
+    """
+
+    kind: Literal["full", "lora"] = "full"
+    rank: int = Field(16, ge=1)
+    alpha: float = Field(16, gt=0)
+    target_modules: list[str] | None = None
+
+
+class Ema(Section):
+    """Averages of the weights, ``a <- a + (1 - d) (w - a)`` for each decay; the first is sampled and exported."""
+
+    decays: list[float] = [0.999]
+
+    @field_validator("decays")
+    @classmethod
+    def _range(cls, decays):
+        if any(not 0 <= d < 1 for d in decays) or len(set(decays)) < len(decays):
+            raise ValueError("decays must be distinct numbers in [0, 1)")
+        return decays
+
+
+class Sampling(Section):
+    """Periodic samples: a fixed set of noise and conditions, drawn with the averaged weights every ``every`` steps.
+
+    ``evaluate``: also compare ``num_samples`` of them with as many real ones, by ``genkit.eval``'s extractor of this
+    name.
+    """
+
+    every: int | None = Field(None, ge=1)
+    num_samples: int = Field(64, ge=1)
+    num_inference_steps: int = Field(4, ge=1)
+    evaluate: str | None = None
+
+
+class Health(Section):
+    """When to warn: a gradient norm this many times its running median; samples with this much more of their values
+    outside the data's range than the data has at its ends; samples with less than this share of the data's variance.
+    """
+
+    enabled: bool = True
+    grad_norm_spike: float = Field(10.0, gt=1)
+    saturation: float = Field(0.25, gt=0, le=1)
+    variance_collapse: float = Field(0.1, gt=0, lt=1)
+
+
+class TrainConfig(Section):
+    """Settings of a training run. Names are those of Diffusers' training scripts where these have the setting.
+
+    ``global_batch_size`` counts all processes and accumulation steps, so that a run does not depend on either.
+    ``resume``: ``latest``, a ``checkpoint-<step>`` folder, or nothing to start anew.
+    """
+
+    output_dir: Path
+    seed: int = 0
+    model: Model
+    adapter: Adapter = Adapter()
+    teacher: str | None = None
+    objective: Named
+    data: Named
+    optimizer: Named = Named(name="AdamW", lr=1e-4)  # type: ignore[call-arg]
+    lr_scheduler: str = "constant"
+    lr_warmup_steps: int = Field(0, ge=0)
+    lr_final_ratio: float = Field(0.0, ge=0, le=1)
+    global_batch_size: int = Field(ge=1)
+    gradient_accumulation_steps: int = Field(1, ge=1)
+    max_train_steps: int = Field(ge=1)
+    max_grad_norm: float | None = Field(1.0, gt=0)
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    gradient_checkpointing: bool = False
+    allow_tf32: bool = False
+    dataloader_num_workers: int = Field(0, ge=0)
+    ema: Ema = Ema()
+    checkpointing_steps: int = Field(500, ge=1)
+    checkpoints_total_limit: int | None = Field(None, ge=1)
+    resume: str | None = None
+    report_to: list[str] = []
+    logging_dir: str = "logs"
+    tracker_project_name: str = "genkit"
+    logging_steps: int = Field(10, ge=1)
+    sampling: Sampling = Sampling()
+    health: Health = Health()
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _several(cls, value):
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("data", "objective", "optimizer", mode="before")
+    @classmethod
+    def _only_name(cls, value):
+        return {"name": value} if isinstance(value, str) else value
+
+    @field_validator("lr_scheduler")
+    @classmethod
+    def _known(cls, value):
+        from genkit.training.optimizers import LR_SCHEDULERS
+
+        if value not in LR_SCHEDULERS:
+            raise ValueError(unknown("lr_scheduler", value, LR_SCHEDULERS))
+        return value
+
+    @model_validator(mode="after")
+    def _divides(self):
+        if self.global_batch_size % self.gradient_accumulation_steps:
+            raise ValueError(
+                f"global_batch_size={self.global_batch_size} is not a multiple of gradient_accumulation_steps="
+                f"{self.gradient_accumulation_steps}"
+            )
+        if self.lr_scheduler == "constant" and self.lr_warmup_steps:
+            raise ValueError(
+                f"lr_warmup_steps={self.lr_warmup_steps} needs a schedule with warm-up: lr_scheduler=constant_with_warmup"
+            )
+        return self
+
+    def objective_class(self) -> type[Objective]:
+        return lookup("genkit.training.objectives", Objective, self.objective.name, setting="objective.name")
+
+    def objective_config(self) -> BaseModel:
+        return validate(self.objective_class().Config, self.objective.settings, "objective")
+
+    def source_class(self) -> type[Source]:
+        return lookup("genkit.data", Source, self.data.name, setting="data.name")
+
+    def source_config(self) -> BaseModel:
+        return validate(self.source_class().Config, self.data.settings, "data")
+
+    def check(self) -> "TrainConfig":
+        """Everything that can be known to be wrong before a network or a data set is made."""
+        from genkit.training import build, optimizers
+
+        cls = self.objective_class()
+        self.objective_config()
+        self.source_config()
+        optimizers.check(self.optimizer)
+        build.check_model(self.model)
+        if cls.needs_teacher == "required" and self.teacher is None:
+            raise ValueError(f"teacher=None: objective={self.objective.name!r} needs the folder of a teacher pipeline")
+        if cls.needs_teacher == "never" and self.teacher is not None:
+            raise ValueError(f"teacher={self.teacher!r}: objective={self.objective.name!r} takes no teacher")
+        return self
+
+
+def load_config(path: str | Path, overrides: typing.Sequence[str] = (), *, data: str | None = None) -> TrainConfig:
+    """Settings from a YAML file, changed by dotted ``key=value`` overrides.
+
+    ``data="synthetic"`` replaces the data section by made-up data of the shapes that the model needs.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: text that is no YAML mapping, an unknown key (with the nearest known one), a value out of range.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"config={str(path)!r} is not a file")
+    malformed = [o for o in overrides if "=" not in o]
+    if malformed:
+        raise ValueError(f"override {malformed[0]!r} is not of the form key=value")
+    try:
+        merged = OmegaConf.load(path)
+        if not OmegaConf.is_dict(merged):
+            raise ValueError(f"config={str(path)!r} is not a mapping of settings")
+        if data is not None:
+            merged.data = {"name": data}
+        for override in overrides:
+            key, _, _ = override.partition("=")
+            # A whole section given as a name replaces what the file says of it.
+            if key in ("data", "objective", "optimizer"):
+                merged[key] = OmegaConf.from_dotlist([override])[key]
+            else:
+                merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([override]))
+        values = OmegaConf.to_container(merged, resolve=True)
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise ValueError(f"config={str(path)!r} cannot be read: {str(error).splitlines()[0]}") from None
+    return validate(TrainConfig, values, "").check()  # type: ignore[arg-type]
+
+
+M = typing.TypeVar("M", bound=BaseModel)
+
+
+def validate(model: type[M], values: Any, where: str) -> M:
+    """``model(**values)`` with readable errors; ``where`` is the section's dotted name."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        lines = [_line(model, e, where) for e in error.errors()]
+        raise ValueError("\n".join(lines)) from None
+
+
+def _line(model: type[BaseModel], error, where: str) -> str:
+    loc = [str(part) for part in error["loc"]]
+    key = ".".join(filter(None, [where, *loc]))
+    if error["type"] == "extra_forbidden":
+        section = ".".join(filter(None, [where, *loc[:-1]]))
+        return unknown(f"unknown key in {section or 'the config'}: key", loc[-1], _fields(model, loc[:-1]))
+    if error["type"] == "missing":
+        return f"{key} is missing and has no default"
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{key}={error['input']!r}: {message}" if loc else f"{key + ': ' if key else ''}{message}"
+
+
+def _fields(model: type[BaseModel], loc: list[str]) -> list[str]:
+    for part in loc:
+        field = model.model_fields.get(part)
+        if field is None:
+            return []
+        annotation = field.annotation
+        if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+            annotation = next(a for a in typing.get_args(annotation) if a is not type(None))
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        model = annotation
+    return list(model.model_fields)

@@ -1,0 +1,55 @@
+"""Alarms: signs that a run goes wrong while its loss still looks like a loss."""
+
+from collections import deque
+from statistics import median
+
+from torch import Tensor
+
+_HISTORY = 100
+_LEAST = 20
+
+
+class Health:
+    """Watches gradient norms and samples; every alarm is a sentence for the log.
+
+    Args:
+        settings: thresholds, :class:`genkit.training.config.Health`.
+    """
+
+    def __init__(self, settings):
+        self.settings = settings
+        self._norms: dict[str, deque[float]] = {}
+
+    def gradient_norm(self, step: int, role: str, norm: float) -> str | None:
+        """The alarm of a norm far above the median of the last hundred."""
+        history = self._norms.setdefault(role, deque(maxlen=_HISTORY))
+        usual = median(history) if len(history) >= _LEAST else None
+        history.append(norm)
+        if usual is None or norm <= self.settings.grad_norm_spike * usual:
+            return None
+        ratio = norm / usual if usual else float("inf")
+        return f"step {step}: gradient norm of {role} is {norm:.3g}, {ratio:.0f} times its running median {usual:.3g}"
+
+    def samples(self, step: int, samples: Tensor, data: Tensor) -> tuple[dict[str, float], list[str]]:
+        """Measures of ``samples`` ``(B, ...)`` beside ``data`` ``(B, ...)``, to be logged, and alarms.
+
+        ``saturation``: share of values at or outside the range of the data. ``variance_ratio``: variance across the
+        batch, averaged over positions, relative to the data's.
+        """
+        samples, data = samples.detach().float(), data.detach().float()
+        low, high = data.min(), data.max()
+        at_ends = [((x <= low) | (x >= high)).float().mean().item() for x in (samples, data)]
+        spread = [x.var(dim=0, unbiased=False).mean().item() for x in (samples, data)]
+        ratio = spread[0] / spread[1] if spread[1] else float("nan")
+        measures = {"samples/saturation": at_ends[0], "samples/variance_ratio": ratio}
+        alarms = []
+        if not samples.isfinite().all():
+            alarms.append(f"step {step}: samples hold NaN or infinite values")
+        if at_ends[0] > at_ends[1] + self.settings.saturation:
+            alarms.append(
+                f"step {step}: samples saturate: {at_ends[0]:.0%} of their values lie at or outside the data's range "
+                f"[{low:.3g}, {high:.3g}], against {at_ends[1]:.0%} of the data's"
+            )
+        if len(samples) > 1 and ratio < self.settings.variance_collapse:
+            alarms.append(f"step {step}: samples collapse: their variance is {ratio:.1%} of the data's")
+        return measures, alarms

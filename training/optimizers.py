@@ -1,0 +1,77 @@
+"""Optimisers by name, from torch and from pytorch-optimizer, and learning-rate schedules from Diffusers."""
+
+import inspect
+from collections.abc import Sequence
+
+import torch
+from diffusers.optimization import SchedulerType, get_scheduler
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from genkit.registry import unknown
+
+# Diffusers' schedules without those that need a rule of their own.
+LR_SCHEDULERS = tuple(s.value for s in SchedulerType if s is not SchedulerType.PIECEWISE_CONSTANT)
+
+
+def _torch() -> dict[str, type[Optimizer]]:
+    found = {k: v for k, v in vars(torch.optim).items() if isinstance(v, type) and issubclass(v, Optimizer)}
+    found.pop("Optimizer", None)
+    return found
+
+
+def _find(name: str) -> type[Optimizer]:
+    if name in _torch():
+        return _torch()[name]
+    try:
+        import pytorch_optimizer
+    except ImportError:
+        hint = " More come with: pip install pytorch-optimizer."
+        raise ValueError(unknown("optimizer.name", name, _torch()) + hint) from None
+    if name.lower() not in (extra := pytorch_optimizer.get_supported_optimizers()):
+        raise ValueError(unknown("optimizer.name", name, [*_torch(), *extra]))
+    return pytorch_optimizer.load_optimizer(name.lower())
+
+
+def check(settings) -> type[Optimizer]:
+    """The class that ``settings`` (``name`` and arguments) name, once its arguments are known to exist.
+
+    Names are torch's class names, then pytorch-optimizer's.
+
+    Raises:
+        ValueError: an unknown optimiser or argument.
+    """
+    cls = _find(settings.name)
+    parameters = inspect.signature(cls).parameters
+    accepted = [n for n, p in parameters.items() if n != "params" and p.kind is not inspect.Parameter.VAR_KEYWORD]
+    for key in settings.settings:
+        if key not in accepted:
+            raise ValueError(unknown("unknown key in optimizer: key", key, accepted))
+    return cls
+
+
+def make_optimizer(settings, parameters: Sequence[nn.Parameter]) -> Optimizer:
+    """The optimiser of ``settings`` over ``parameters``.
+
+    Raises:
+        ValueError: a value that the optimiser refuses.
+    """
+    cls = check(settings)
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.settings.items()}
+    try:
+        return cls(parameters, **values)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"optimizer={settings.name} with {values}: {error}") from None
+
+
+def make_lr_scheduler(optimizer: Optimizer, name: str, warmup: int, steps: int, final_ratio: float) -> LambdaLR:
+    """Diffusers' schedule ``name``, squeezed so that after the warm-up it ends at ``final_ratio`` instead of 0."""
+    factor = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=steps).lr_lambdas[0]
+
+    def squeezed(step: int) -> float:
+        return factor(step) if step < warmup else final_ratio + (1 - final_ratio) * factor(step)
+
+    for group in optimizer.param_groups:
+        group["lr"] = group.pop("initial_lr")
+    return LambdaLR(optimizer, squeezed)
