@@ -35,6 +35,7 @@ class Source(ABC):
     """
 
     Config: ClassVar[type[BaseModel]] = SourceConfig
+    config: Any  # an instance of Config
     shape: tuple[int, ...]
     num_classes: int | None = None
     length: int | None = None
@@ -63,6 +64,6 @@ class Source(ABC):
         return self.read(items if self.length is None else items % self.length, items)
 
 
-def collate(batch: dict[str, Any]) -> dict[str, Any]:
+def collate(batch: Any) -> Any:
     """``collate_fn`` for a ``torch.utils.data.DataLoader`` over a source: its batches are collated already."""
     return batch

@@ -1,6 +1,7 @@
 """Pictures from a data set of the ``datasets`` library: by name from the Hub, or from a local folder."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import Field
@@ -78,8 +79,9 @@ class HubDataset(Source):
         flips = self.rng(items).integers(2) == 1 if config.horizontal_flip else [False] * len(items)
         rows = self.data[records.tolist()]
         images = rows[config.image_column]
-        batch = {"x0": torch.stack([prepare(image, config, bool(f)) for image, f in zip(images, flips, strict=True)])}
-        if config.label_column is not None:
+        x0 = torch.stack([prepare(image, config, bool(flip)) for image, flip in zip(images, flips, strict=True)])
+        batch: dict[str, Any] = {"x0": x0}
+        if self.num_classes is not None:
             labels = torch.tensor(rows[config.label_column], dtype=torch.int64)
             if not bool(((labels >= 0) & (labels < self.num_classes)).all()):
                 bounds = f"[{int(labels.min())}, {int(labels.max())}]"
@@ -87,5 +89,7 @@ class HubDataset(Source):
                 raise ValueError(f"{where}; accepted are 0 to {self.num_classes - 1}")
             batch["class_labels"] = labels
         if config.caption_column is not None:
-            batch["prompts"] = [str(text) for text in rows[config.caption_column]]
+            batch["prompts"] = rows[config.caption_column]
+            if not all(isinstance(text, str) for text in batch["prompts"]):
+                raise ValueError(f"caption_column={config.caption_column!r} holds {batch['prompts']}; wanted texts")
         return batch

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -20,12 +21,19 @@ class ImageFolderConfig(ImageConfig):
     caption_key: str = Field(default="text", description=f"key of the caption in {_METADATA}")
 
 
+def _pictures(root: Path) -> list[Path]:
+    """Files that Pillow can open by their suffix, in order; hidden ones are left out."""
+    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    files = (p for p in root.rglob("*") if p.suffix.lower() in suffixes and p.is_file())
+    return sorted(p for p in files if not any(part.startswith(".") for part in p.relative_to(root).parts))
+
+
 class ImageFolder(Source):
     """Pictures below ``path``: ``x0`` ``(B, C, size, size)`` in [-1, 1].
 
     Pictures in sub-folders have ``class_labels``, the classes (``class_names``) being the sub-folders' names in order.
-    ``prompts`` come from ``metadata.jsonl`` (lines ``{"file_name": ..., "text": ...}``, which then lists the pictures
-    to use) or from a text file beside each picture (``a.png``, ``a.txt``).
+    ``prompts`` come from a text file beside each picture (``a.png``, ``a.txt``), or from ``metadata.jsonl``, whose
+    lines ``{"file_name": ..., "text": ...}`` then are the pictures to use, wherever they lie; it knows no classes.
 
     Raises:
         FileNotFoundError: no such folder, or a listed picture or caption that is not there.
@@ -43,20 +51,19 @@ class ImageFolder(Source):
         self.prompts: list[str] | None
         if (root / _METADATA).is_file():
             self.files, self.prompts = self._listed(root)
+            folders = []
         else:
-            readable = Image.registered_extensions()
-            self.files = sorted(p for p in root.rglob("*") if p.suffix.lower() in readable and p.is_file())
+            self.files = _pictures(root)
             self.prompts = self._captions_beside()
+            folders = [file.relative_to(root).parts[0] if file.parent != root else "" for file in self.files]
         if not self.files:
             raise ValueError(f"path={str(root)!r} holds no pictures")
-        folders = [file.relative_to(root).parts[0] if file.parent != root else None for file in self.files]
         if any(folders) and not all(folders):
-            stray = self.files[folders.index(None)]
+            stray = self.files[folders.index("")]
             raise ValueError(f"{stray} lies beside the class sub-folders of {root}; move it into one, or flatten them")
-        self.class_names = sorted({name for name in folders if name})
+        self.class_names = sorted(set(filter(None, folders)))
         self.num_classes = len(self.class_names) or None
-        number = {name: i for i, name in enumerate(self.class_names)}
-        self.labels = torch.tensor([number[name] for name in folders if name], dtype=torch.int64)
+        self.labels = torch.tensor([self.class_names.index(name) for name in folders if name], dtype=torch.int64)
         self.length = len(self.files)
         self.shape = self.config.shape
 
@@ -69,13 +76,15 @@ class ImageFolder(Source):
             try:
                 entry = json.loads(line)
                 file, prompt = root / entry["file_name"], entry[self.config.caption_key]
+                if not isinstance(prompt, str):
+                    raise TypeError("a caption is text")
             except (ValueError, TypeError, KeyError) as error:
                 wanted = f'{{"file_name": ..., "{self.config.caption_key}": ...}}'
                 raise ValueError(f"{place}: wanted {wanted}, got {line.strip()[:80]!r}") from error
             if not file.is_file():
                 raise FileNotFoundError(f"{place}: {file} is not there")
             files.append(file)
-            prompts.append(str(prompt))
+            prompts.append(prompt)
         return files, prompts
 
     def _captions_beside(self) -> list[str] | None:
@@ -89,12 +98,13 @@ class ImageFolder(Source):
 
     def read(self, records, items):
         flips = self.rng(items).integers(2) == 1 if self.config.horizontal_flip else [False] * len(items)
-        records = records.tolist()
-        batch = {"x0": torch.stack([self._load(i, bool(flip)) for i, flip in zip(records, flips, strict=True)])}
+        chosen = records.tolist()
+        x0 = torch.stack([self._load(i, bool(flip)) for i, flip in zip(chosen, flips, strict=True)])
+        batch: dict[str, Any] = {"x0": x0}
         if self.num_classes:
             batch["class_labels"] = self.labels[records]
         if self.prompts is not None:
-            batch["prompts"] = [self.prompts[i] for i in records]
+            batch["prompts"] = [self.prompts[i] for i in chosen]
         return batch
 
     def _load(self, record: int, flip: bool) -> torch.Tensor:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from genkit.data.base import Source, collate
 from genkit.rng import hash_seed
@@ -18,7 +18,7 @@ def _permutation(seed: int, epoch: int, length: int) -> Tensor:
     return torch.randperm(length, generator=generator)
 
 
-class _Stream:
+class _Stream(Dataset):
     """Positions of the stream -> batch: position ``p`` shows entry ``p % n`` of the permutation of epoch ``p // n``."""
 
     def __init__(self, source: Source, seed: int, shuffle: bool):
@@ -112,7 +112,7 @@ def batches(
     return iter(
         DataLoader(
             stream,
-            batch_sampler=positions,
+            batch_sampler=positions,  # type: ignore[arg-type]  # ranges, which are cheaper to send than lists
             num_workers=num_workers,
             pin_memory=pin_memory,
             collate_fn=collate,

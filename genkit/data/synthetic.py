@@ -1,5 +1,7 @@
 """Random tensors of declared shapes, so that any recipe runs without data."""
 
+from typing import Any
+
 from pydantic import BaseModel, ConfigDict, Field
 
 from genkit.data.base import SeededConfig, Source
@@ -41,7 +43,7 @@ class Synthetic(Source):
 
     def read(self, records, items):
         rng = self.rng(items)
-        batch = {"x0": rng.normal(self.shape).clamp_(-1, 1)}
+        batch: dict[str, Any] = {"x0": rng.normal(self.shape).clamp_(-1, 1)}
         if self.num_classes is not None:
             batch["class_labels"] = rng.integers(self.num_classes)
         if self.config.prompts:

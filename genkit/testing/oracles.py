@@ -135,7 +135,7 @@ class GaussianMixture:
         log_weights = self.weights.log().expand(batch, -1)
         if class_labels is None:
             return log_weights
-        if self.labels is None:
+        if self.labels is None or self.num_classes is None:
             raise ValueError("class_labels were given to a law without labels; pass labels= when it is made")
         wanted = torch.as_tensor(class_labels).cpu()
         if wanted.shape != (batch,):

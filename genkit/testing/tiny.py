@@ -12,6 +12,7 @@ import string
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import (
@@ -159,7 +160,7 @@ def _sd15() -> StableDiffusionPipeline:
 
 def _sd15_controlnet() -> StableDiffusionControlNetPipeline:
     components = _sd15_components()
-    controlnet = ControlNetModel(cross_attention_dim=32, conditioning_embedding_out_channels=(8, 16), **_UNET)
+    controlnet: Any = ControlNetModel(cross_attention_dim=32, conditioning_embedding_out_channels=(8, 16), **_UNET)
     # Its output convolutions are born zero: without this the control image would change nothing.
     zero_born = [*controlnet.controlnet_down_blocks, controlnet.controlnet_mid_block]
     for layer in (*zero_born, controlnet.controlnet_cond_embedding.conv_out):
@@ -260,7 +261,7 @@ def _dit() -> DiTPipeline:
     )
 
 
-_BUILDERS: dict[str, Callable[[], DiffusionPipeline]] = {
+_BUILDERS: dict[str, Callable[[], Any]] = {
     "sd15": _sd15,
     "sd15_controlnet": _sd15_controlnet,
     "sdxl": _sdxl,

@@ -75,5 +75,7 @@ def test_errors(folder):
     assert source.__getitems__([3])["class_labels"].tolist() == [3]
     with pytest.raises(ValueError, match=r"holds classes in \[9, 9\]; accepted are 0 to 4"):
         source.__getitems__([5])
+    with pytest.raises(ValueError, match=r"caption_column='number' holds \[1\]; wanted texts"):
+        make(folder / "table", caption_column="number").__getitems__([1])
     with pytest.raises(ValueError, match="revision='main' is for the Hub"):
         make(folder / "table", revision="main")

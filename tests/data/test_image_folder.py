@@ -32,14 +32,17 @@ def test_classes_are_sub_folders(tmp_path):
 def test_flat_folder_with_metadata_lists_what_is_used(tmp_path):
     for i in range(3):
         picture(tmp_path / f"{i}.png", seed=i)
-    lines = [{"file_name": "2.png", "text": "two"}, {"file_name": "0.png", "text": "zero"}]
+    picture(tmp_path / "more" / "3.png", seed=3)
+    lines = [{"file_name": f"{i}.png", "text": text} for i, text in [(2, "two"), (0, "zero"), ("more/3", "three")]]
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
     source = open_folder(tmp_path)
-    batch = source.__getitems__([0, 1])
-    assert len(source) == 2 and source.num_classes is None
-    assert batch["prompts"] == ["two", "zero"] and set(batch) == {"x0", "prompts"}
+    batch = source.__getitems__([0, 1, 2])
+    assert len(source) == 3 and source.num_classes is None
+    assert batch["prompts"] == ["two", "zero", "three"] and set(batch) == {"x0", "prompts"}
     (tmp_path / "metadata.jsonl").unlink()
+    (tmp_path / "more" / "3.png").rename(tmp_path / ".3.png")
     plain = open_folder(tmp_path)
+    assert len(plain) == 3
     assert torch.equal(plain.__getitems__([2])["x0"][0], batch["x0"][0]) and "prompts" not in plain.__getitems__([0])
 
 
@@ -123,6 +126,7 @@ def test_errors(tmp_path):
     [
         ('{"file_name": "gone.png", "text": "x"}', FileNotFoundError, "line 2: .*gone.png is not there"),
         ('{"file_name": "a.png"}', ValueError, "line 2: wanted"),
+        ('{"file_name": "a.png", "text": null}', ValueError, "line 2: wanted"),
         ("{oops", ValueError, "line 2: wanted"),
         ("[1]", ValueError, "line 2: wanted"),
     ],
