@@ -1,13 +1,23 @@
-"""Every use that the toolkit makes of names which Diffusers does not promise to keep. Tried on 0.42.0 and 0.42.1."""
+"""Every use that the toolkit makes of names which Diffusers does not promise to keep. Tried on 0.42.1."""
 
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from diffusers import ComponentSpec
+from diffusers.configuration_utils import FrozenDict
 from diffusers.guiders import BaseGuidance
 from diffusers.guiders.guider_utils import GuiderOutput
 
-__all__ = ["GuiderOutput", "default_component", "identifier", "mark_loadable", "prepare_batch", "quiet_construction"]
+__all__ = [
+    "GuiderOutput",
+    "component_names",
+    "identifier",
+    "prepare_batch",
+    "put_component",
+    "quiet_construction",
+    "restore_component",
+]
 
 
 def prepare_batch(data: dict, slot: int, name: str, block_state=None):
@@ -22,15 +32,20 @@ def identifier(batch) -> str:
     return getattr(batch, BaseGuidance._identifier_key)
 
 
-def mark_loadable(component) -> None:
-    """Make a modular pipeline save ``component``: without a load id it is rebuilt from the block's default instead."""
-    component._diffusers_load_id = "inline|" + type(component).__name__ + "|null|null"
+def put_component(pipe, name: str, component) -> None:
+    """Set a modular pipeline's component such that ``save_pretrained`` keeps it.
+
+    Blocks declare guiders as made from a configuration of their own, and such components are not saved.
+    """
+    pipe._component_specs[name] = ComponentSpec(name=name, type_hint=type(component))
+    pipe.update_components(**{name: component})
 
 
-def default_component(pipe, name: str):
-    """A new ``name`` as the blocks of the modular pipeline ``pipe`` declare it."""
+def restore_component(pipe, name: str) -> None:
+    """Set a modular pipeline's component to what its blocks declare, and forget that another was to be saved."""
     specs = {spec.name: spec for spec in pipe._blocks.expected_components}
-    return specs[name].create()
+    pipe.update_components(**{name: specs[name].create()})
+    pipe._internal_dict = FrozenDict({key: value for key, value in pipe.config.items() if key != name})
 
 
 def component_names(pipe) -> list[str]:

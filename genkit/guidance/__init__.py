@@ -23,7 +23,7 @@ def load_guider(path, **kwargs) -> Guider:
         OSError: no ``guider_config.json`` there.
         ValueError: a guider that is not of this package.
     """
-    config = Guider.load_config(str(path), **kwargs)
+    config: dict = Guider.load_config(str(path), **kwargs)  # type: ignore[assignment]
     known = {cls.__name__: cls for cls in members("genkit.guidance", Guider).values()}
     name = config.get("_class_name")
     if name not in known:

@@ -49,12 +49,12 @@ class APG(Guider):
             elements: 15 suits SDXL's latents. See :meth:`stats`.
         momentum: ``beta`` in ``(-1, 0]``. Advances once per time, also under second-order solvers.
         dims: axes of norms and inner products; by default all but the batch and, for video, the frames.
-        formulation: ``paper``; or, to reproduce other programs' images, ``diffusers`` (``u + w (orth + eta par)`` on the
-            raw prediction, over all axes) or ``comfyui`` (``D_c + w (...)``, over the last three axes).
+        formulation: ``paper``; or, to reproduce other programs' images, ``diffusers`` (``u + w (orth + eta par)`` on
+            the raw prediction, over all axes) or ``comfyui`` (``D_c + w (...)``, over the last three axes).
         start, stop, enabled, scheduler_config: see :class:`Guider`.
 
     Raises:
-        ValueError: a value outside its range; an ``epsilon`` model where ``alpha = 0``, whose clean sample is undefined.
+        ValueError: a value outside its range; an ``epsilon`` model where ``alpha = 0``: it has no clean sample there.
     """
 
     @register_to_config
@@ -108,8 +108,8 @@ class APG(Guider):
         return cond.moved((w if self.formulation == "comfyui" else w - 1) * update), state
 
     def stats(self, parts: dict[str, Prediction], state: Momentum | None = None) -> dict[str, Tensor]:
-        """What the rule saw, to choose ``norm_threshold`` by: ``norm`` ``|m|`` and ``cosine`` of ``m`` with ``D_c``, per
-        sample (and frame), and ``capped``, the fraction of those norms above the threshold.
+        """What the rule saw, to choose ``norm_threshold`` by: ``norm`` ``|m|`` and ``cosine`` of ``m`` with ``D_c``,
+        per sample (and frame), and ``capped``, the fraction of those norms above the threshold.
 
         Args:
             parts, state: of the same evaluation, as :meth:`guide` returned them.

@@ -17,7 +17,7 @@ __all__ = ["Guided", "Guider", "Point", "check_range"]
 class Guider(ModularProtocol):
     """A guidance rule. Works in :mod:`genkit.sampling`, in ``guided(pipe, guider)`` and in modular pipelines.
 
-    To add one, write one file in this folder. A rule that only combines the two predictions implements :meth:`combine`::
+    To add one, write one file in this folder. A rule that only combines two predictions implements :meth:`combine`::
 
         from diffusers.configuration_utils import register_to_config
         from genkit.guidance.base import Guider
@@ -34,13 +34,13 @@ class Guider(ModularProtocol):
 
     A rule that evaluates the network itself (at other points, under other conditions) overrides :meth:`guide`.
 
-    Constructor arguments are keyword-only (Diffusers loses positional ones) and must survive JSON; attributes of the same
-    names cannot be changed afterwards, since such a change would not be saved: ``guider.new(guidance_scale=5)`` copies.
+    Constructor arguments are keyword-only (Diffusers loses positional ones) and must survive JSON; attributes of the
+    same names cannot be changed afterwards, since that would not be saved: ``guider.new(guidance_scale=5)`` copies.
 
     Args:
         start, stop: the window, as positions ``1 - t`` on the noise axis: 0 is pure noise, 1 is clean. Outside it the
-            conditional prediction is followed, at the cost of one call. ``stop=1`` is on to the end, however many stages a
-            solver has.
+            conditional prediction is followed, at the cost of one call. ``stop=1`` is on to the end, however many
+            stages a solver has.
         enabled: ``False`` always follows the conditional prediction.
         scheduler_config: what :func:`genkit.attach` stores for modular pipelines; not for users.
 

@@ -30,8 +30,8 @@ class Call:
         self.time_key = "timestep" if "timestep" in self.kwargs else 1
         if not isinstance(self._get(self.input_key), Tensor) or self._get(self.time_key) is None:
             raise ValueError(
-                "the pipeline calls its network in a way that is not known here: a noisy tensor as hidden_states, sample "
-                "or first argument and a timestep as timestep or second argument are needed, got "
+                "the pipeline calls its network in a way that is not known here: a noisy tensor as hidden_states, "
+                "sample or first argument and a timestep as timestep or second argument are needed, got "
                 f"{len(self.args)} positional arguments and {sorted(self.kwargs)}"
             )
 
@@ -54,13 +54,18 @@ class Call:
         args = [_take(value, rows, size) for value in self.args]
         kwargs = {key: value if key in _SHARED else _take(value, rows, size) for key, value in self.kwargs.items()}
         x = self.input[rows].clone()
-        x[(slice(None), *map(slice, z.shape[1:]))] = z.to(x.dtype)  # inpainting networks see more than the sample
+        x[_leading(z)] = z.to(x.dtype)  # inpainting networks see more than the sample
         for key, value in ((self.input_key, x), (self.time_key, time.to(x.device))):
             if isinstance(key, str):
                 kwargs[key] = value
             else:
                 args[key] = value
         return args, kwargs
+
+
+def _leading(x: Tensor) -> tuple[slice, ...]:
+    """Where ``x`` lies in a tensor that has the same axes, some of them longer."""
+    return tuple(map(slice, x.shape))
 
 
 def _take(value, rows: Tensor, size: int):
@@ -117,7 +122,7 @@ class CapturedDenoiser(Denoiser):
         self.cond, self.uncond = cond[region], None if uncond is None else uncond[region]
         first = rows[0] % len(calls[0].input)
         self.z = calls[0].input[first : first + batch][region]
-        self.timestep = timestep.to(device)
+        self.timestep = timestep.cpu()  # as in genkit.sampling: no step waits for the device to make coefficients
         self.t = interpolant.time(self.timestep)
         self._rows = [torch.arange(batch, device=device) + row for row in rows]
         null = None if uncond is None else {"row": self._rows[1]}
@@ -128,8 +133,8 @@ class CapturedDenoiser(Denoiser):
         self._time_factor = min((1.0, 1 / scale), key=lambda f: abs(given - f * float(timestep)))
 
     def many(self, z, t, conditions, *, timestep=None) -> list[Prediction]:
-        known = [self._known(c) for c in conditions]
-        if z is self.z and torch.equal(torch.as_tensor(t), self.t) and all(raw is not None for raw in known):
+        known = [raw for c in conditions if (raw := self._known(c)) is not None]
+        if z is self.z and torch.equal(torch.as_tensor(t).cpu(), self.t) and len(known) == len(conditions):
             return [Prediction(raw, self.prediction_type, self.interpolant, z, self.t) for raw in known]
         return super().many(z, t, conditions, timestep=timestep)
 
@@ -149,7 +154,7 @@ class CapturedDenoiser(Denoiser):
             time = time.to(given.dtype) if given.is_floating_point() else time
             args, kwargs = call.replaced(rows[mine] - i * size, z[mine], time)
             raw = first_output(self.network(*args, **kwargs))
-            raw = raw[(slice(None), *map(slice, z.shape[1:]))]
+            raw = raw[_leading(z[mine])]
             if answer is None:
                 answer = raw.new_empty(z.shape)
             answer = answer.index_copy(0, mine, raw)
@@ -184,8 +189,8 @@ class Run:
             self.reset()
             if denoiser.uncond is not None and torch.equal(denoiser.cond, denoiser.uncond):
                 logger.warning(
-                    "conditional and unconditional predictions are equal bit for bit, so guidance changes nothing; pass "
-                    "negative_prompt='' if the pipeline makes no unconditional embeddings without it (SD3, modular)"
+                    "conditional and unconditional predictions are equal bit for bit, so guidance changes nothing; "
+                    "pass negative_prompt='' if the pipeline makes no unconditional embeddings without it (modular SD3)"
                 )
         self._place, self._t = place, t
         point = Point(denoiser, z, denoiser.t, t_next, denoiser.timestep, denoiser.condition)

@@ -167,8 +167,8 @@ class _Doubled(_Hook):
             raise ValueError(
                 f"{type(self.pipe).__name__} runs without classifier-free guidance"
                 + (f" (guidance_scale={scale})" if scale is not None else "")
-                + ", so there is no unconditional prediction to guide by; pass guidance_scale > 1 (its size has no effect "
-                "inside `guided`)"
+                + ", so there is no unconditional prediction to guide by; pass guidance_scale > 1 (its size has no "
+                "effect inside `guided`)"
             )
         first, second = raw[:batch], raw[batch:]
         if _family(self.pipe) == _DOUBLED:
@@ -176,7 +176,7 @@ class _Doubled(_Hook):
         else:
             guided = self.guide([call], first, second, (0, batch))
         answer = raw.clone()
-        answer[(slice(None), *map(slice, guided.shape[1:]))] = torch.cat((guided, guided))
+        answer[tuple(map(slice, (len(raw), *guided.shape[1:])))] = torch.cat((guided, guided))
         return _with_first(output, answer)
 
 

@@ -2,7 +2,7 @@
 
 from diffusers import ModularPipeline
 
-from genkit._diffusers import component_names, default_component, mark_loadable
+from genkit._diffusers import component_names, put_component, restore_component
 from genkit.denoisers.network import NetworkDenoiser, from_pipeline
 from genkit.guidance.base import Guider
 from genkit.registry import members, unknown
@@ -30,8 +30,7 @@ def attach(pipe, guider: Guider, name: str = "guider") -> Guider:
         raise ValueError(f"{type(pipe).__name__} has no scheduler yet: call pipe.load_components() before attach")
     _check_fit(pipe)
     bound = guider.bind(scheduler)
-    mark_loadable(bound)
-    pipe.update_components(**{name: bound})
+    put_component(pipe, name, bound)
     return bound
 
 
@@ -42,13 +41,14 @@ def detach(pipe, name: str = "guider") -> None:
         ValueError: not a modular pipeline, or no such component.
     """
     _check(pipe, name)
-    pipe.update_components(**{name: default_component(pipe, name)})
+    restore_component(pipe, name)
 
 
 def _check(pipe, name: str) -> None:
     if not isinstance(pipe, ModularPipeline):
         raise ValueError(
-            f"pipe={type(pipe).__name__}: accepted is a modular pipeline; for a classic one use genkit.guided(pipe, guider)"
+            f"pipe={type(pipe).__name__}: accepted is a modular pipeline; "
+            "for a classic one use genkit.guided(pipe, guider)"
         )
     if name not in component_names(pipe):
         raise ValueError(unknown("name", name, [n for n in component_names(pipe) if "guider" in n]))

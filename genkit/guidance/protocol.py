@@ -7,7 +7,8 @@ import diffusers
 import torch
 from diffusers import SchedulerMixin
 from diffusers.guiders import BaseGuidance
-from torch import Tensor, nn
+from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from genkit._diffusers import GuiderOutput, identifier, prepare_batch, quiet_construction
 from genkit.guidance.captured import Call, CapturedDenoiser, Run
@@ -23,7 +24,7 @@ class ModularProtocol(BaseGuidance):
     guider; the sample is read off the network's call.
     """
 
-    _input_predictions = ["pred_cond", "pred_uncond"]
+    _input_predictions = ["pred_cond", "pred_uncond"]  # type: ignore[assignment]
     # Text encoders read this before any step is known: the most that is ever asked for, whatever the window says.
     num_conditions = 2
 
@@ -34,7 +35,7 @@ class ModularProtocol(BaseGuidance):
         self.scheduler_config = scheduler_config
         self._run = Run(self)
         self._calls: list[Call] = []
-        self._handle = None
+        self._handle: RemovableHandle | None = None
 
     def bind(self, scheduler):
         """A copy that knows the path of ``scheduler``'s samples (its class and config, saved with the guider)."""
@@ -51,17 +52,17 @@ class ModularProtocol(BaseGuidance):
         scheduler = _scheduler(self.scheduler_config)
         return from_scheduler(scheduler), scheduler_prediction_type(scheduler)
 
-    def set_state(self, step: int, num_inference_steps: int, timestep: Tensor) -> None:
+    def set_state(self, step: int, num_inference_steps: int, timestep) -> None:
         super().set_state(step, num_inference_steps, timestep)
         if step == 0 or step < self._last_step:
             self._run.reset()
-        self._last_step, self._now = step, torch.as_tensor(timestep).flatten()[0]
+        self._last_step, self._now = step, torch.as_tensor(timestep).flatten()[0].cpu()
         self._release()
         self._calls = []
 
     _last_step = 0
 
-    def prepare_inputs(self, data: dict) -> list:
+    def prepare_inputs(self, data) -> list:
         return [prepare_batch(data, slot, name) for slot, name in self._branches()]
 
     def prepare_inputs_from_block_state(self, data, input_fields: dict) -> list:
@@ -98,8 +99,9 @@ class ModularProtocol(BaseGuidance):
 
     def __call__(self, data: list) -> GuiderOutput:
         raw = {identifier(batch): batch.noise_pred for batch in data}
-        cond, uncond = (raw.get(name) for name in self._input_predictions)
-        denoiser = CapturedDenoiser(self._network, *self._path, self._calls, cond, uncond, (0, len(cond)), self._now)
+        cond, uncond = raw["pred_cond"], raw.get("pred_uncond")
+        path, rows = self._path, (0, len(cond))
+        denoiser = CapturedDenoiser(self._network, *path, self._calls, cond, uncond, rows, self._now)  # type: ignore
         guided = self._run.evaluate(denoiser)
         self._calls = []
         return GuiderOutput(pred=guided.prediction.raw, pred_cond=cond, pred_uncond=uncond)
