@@ -1,7 +1,6 @@
 """Handwritten digits, 8 x 8, embedded in scikit-learn: 1,797 images of ten classes, no download."""
 
 import torch
-from sklearn.datasets import load_digits
 
 from genkit.data.base import Source
 
@@ -17,6 +16,8 @@ class Digits(Source):
 
     def __init__(self, **settings):
         super().__init__(**settings)
+        from sklearn.datasets import load_digits  # slow to import: looking up another source must not pay
+
         data = load_digits()
         self.images = torch.as_tensor(data.images, dtype=torch.float32)[:, None] / 8 - 1
         self.labels = torch.as_tensor(data.target, dtype=torch.int64)
