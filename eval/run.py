@@ -16,6 +16,7 @@ from genkit.eval.inputs import ImageSet, read_images
 from genkit.eval.metrics.base import FeatureSet, Metric, all_metrics, get_metric, metric_name
 from genkit.eval.result import Protocol, Result
 from genkit.eval.statistics import FeatureStats, is_statistics
+from genkit.rng import hash_seed
 
 
 def measure(
@@ -77,38 +78,30 @@ def evaluate(
         raise ValueError(f"batch_size={batch_size}: expected at least 1")
     if n is not None and n < 2:
         raise ValueError(f"n={n}: expected at least 2")
-    chosen = [get_metric(metric) for metric in (all_metrics() if metrics is None else metrics)]
-    if not chosen:
-        raise ValueError("metrics is empty: name at least one, or pass None for all that are possible")
+    if nfe is not None and not nfe >= 0:
+        raise ValueError(f"nfe={nfe}: expected 0 or more")
     extractor = get_extractor(extractor)
-    sources = [None if reference is None else _open(reference), _open(generated)]
+    sources = [
+        None if source is None else _open(source, role, extractor, n, seed)
+        for role, source in (("reference", reference), ("generated", generated))
+    ]
+    chosen = _possible(metrics, *(_fields(source, extractor) for source in sources))
     keeps = [
         any("features" in reads for reads in needs)
         for needs in ([m.reads_reference for m in chosen], [m.reads_generated for m in chosen])
     ]
-    sides: list[FeatureSet | None] = []
-    for role, source, keep in zip(("reference", "generated"), sources, keeps, strict=True):
-        if isinstance(source, ImageSet):
-            source = _subset(source, role, n, seed)
-            keep = keep or source.n < extractor.dim  # the exact route of the Frechet distance for few samples
-            source = measure(source, extractor, keep=keep, batch_size=batch_size, device=device, quiet=quiet)
-        elif source is not None:
-            _check_measured(source, role, extractor, n)
-        sides.append(source)
-    real, fake = sides
-    assert fake is not None
-
-    possible = [metric for metric in chosen if not metric.missing(real, fake)]
-    if metrics is not None and len(possible) < len(chosen):
-        lacking = next(metric for metric in chosen if metric not in possible)
-        raise ValueError(
-            f"metrics: {metric_name(lacking)!r} needs {', '.join(lacking.missing(real, fake))}. "
-            f"Possible here: {', '.join(metric_name(m) for m in all_metrics() if not m.missing(real, fake)) or 'none'}."
+    real, fake = (
+        # Few rows are kept in any case: the Frechet distance has a better way with them.
+        measure(
+            source, extractor, keep=keep or source.n < extractor.dim, batch_size=batch_size, device=device, quiet=quiet
         )
-    if not possible:
-        raise ValueError("no metric is possible with these inputs")
+        if isinstance(source, ImageSet)
+        else source
+        for source, keep in zip(sources, keeps, strict=True)
+    )
+    assert fake is not None
     values: dict[str, float] = {}
-    for metric in possible:
+    for metric in chosen:
         values |= metric(real, fake)
     protocol = Protocol(
         extractor=extractor.id,
@@ -116,7 +109,7 @@ def evaluate(
         generated=str(fake.stats.meta.get("source", "statistics")),
         n_real=None if real is None else real.stats.n,
         n_gen=fake.stats.n,
-        metrics={metric_name(metric): dict(vars(metric)) for metric in possible},
+        metrics={metric_name(metric): dict(vars(metric)) for metric in chosen},
         seed=seed,
         device=str(device),
         versions={
@@ -130,39 +123,66 @@ def evaluate(
     return Result(values=values, nfe=nfe, protocol=protocol, notes=_notes(real, fake))
 
 
-def _open(source: Any) -> ImageSet | FeatureSet:
-    if isinstance(source, FeatureSet):
-        return source
-    if isinstance(source, FeatureStats):
-        return FeatureSet(source)
+def _open(source: Any, role: str, extractor: Extractor, n: int | None, seed: int) -> ImageSet | FeatureSet:
+    """``source`` as images still to be measured, cut to ``n``, or as statistics that ``extractor`` may have made."""
     if isinstance(source, str | Path) and Path(source).is_file() and is_statistics(source):
-        stats = FeatureStats.load(source)
-        stats.meta.setdefault("source", Path(source).name)
-        return FeatureSet(stats)
-    return read_images(source)
-
-
-def _subset(images: ImageSet, role: str, n: int | None, seed: int) -> ImageSet:
+        name = Path(source).name
+        source = FeatureStats.load(source)
+        source.meta.setdefault("source", name)
+    if isinstance(source, FeatureStats):
+        source = FeatureSet(source)
+    if isinstance(source, FeatureSet):
+        _check_statistics(source.stats, role, extractor, n)
+        return source
+    images = read_images(source)
     if images.n < (n or 2):
         raise ValueError(f"{role} set {images.name!r} has {images.n} images, {n or 2} are needed")
     if n is None or n == images.n:
         return images
-    chosen = torch.randperm(images.n, generator=torch.Generator().manual_seed(seed))[:n]
-    return images.subset(chosen.sort().values)
+    generator = torch.Generator().manual_seed(hash_seed(seed, *role.encode()))
+    return images.subset(torch.randperm(images.n, generator=generator)[:n].sort().values)
 
 
-def _check_measured(side: FeatureSet, role: str, extractor: Extractor, n: int | None) -> None:
-    made_with = side.stats.meta.get("extractor")
+def _check_statistics(stats: FeatureStats, role: str, extractor: Extractor, n: int | None) -> None:
+    made_with = stats.meta.get("extractor")
     if made_with is not None and made_with != extractor.id:
         raise ValueError(
             f"{role} statistics were made with extractor {made_with!r}, this evaluation uses {extractor.id!r}"
         )
-    if side.stats.dim != extractor.dim:
-        raise ValueError(
-            f"{role} statistics have {side.stats.dim} dimensions, extractor {extractor.id!r} {extractor.dim}"
-        )
-    if n is not None and side.stats.n != n:
-        raise ValueError(f"{role} statistics are of n={side.stats.n} images and cannot be cut to n={n}")
+    if stats.dim != extractor.dim:
+        raise ValueError(f"{role} statistics have {stats.dim} dimensions, extractor {extractor.id!r} {extractor.dim}")
+    if n is not None and stats.n != n:
+        raise ValueError(f"{role} statistics are of n={stats.n} images and cannot be cut to n={n}")
+
+
+def _fields(source: ImageSet | FeatureSet | None, extractor: Extractor) -> set[str]:
+    """What of a ``FeatureSet`` will be known of ``source``, before anything is measured."""
+    if source is None:
+        return set()
+    if isinstance(source, FeatureSet):
+        return source.fields
+    known = {"stats": True, "features": True, "logits": extractor.num_classes, "labels": source.labels is not None}
+    return {field for field, there in known.items() if there}
+
+
+def _possible(metrics: Sequence[str | Metric] | None, reference: set[str], generated: set[str]) -> list[Metric]:
+    """The metrics asked for, or if None all that the fields of both sides allow."""
+    possible = [metric for metric in all_metrics() if not metric.missing(reference, generated)]
+    names = ", ".join(map(metric_name, possible)) or "none"
+    if metrics is None:
+        if not possible:
+            raise ValueError("no metric is possible with these inputs")
+        return possible
+    chosen = [get_metric(metric) for metric in metrics]
+    if not chosen:
+        raise ValueError(f"metrics is empty. Possible here: {names}.")
+    for i, metric in enumerate(chosen):
+        missing = metric.missing(reference, generated)
+        if missing:
+            raise ValueError(f"metrics: {metric_name(metric)!r} needs {', '.join(missing)}. Possible here: {names}.")
+        if metric_name(metric) in map(metric_name, chosen[:i]):
+            raise ValueError(f"metrics: {metric_name(metric)!r} is named twice")
+    return chosen
 
 
 def _notes(real: FeatureSet | None, fake: FeatureSet) -> list[str]:
@@ -251,12 +271,12 @@ def _write_html(path: str | Path, result: Result, reference: str, generated: str
     rows: list[tuple[str, float]] = list(result.values.items())
     if result.nfe is not None:
         rows.append(("network calls (NFE)", result.nfe))
-    sides = [(name, _open(source)) for name, source in (("reference", reference), ("generated", generated))]
     grids = []
-    for name, images in sides:
-        if isinstance(images, ImageSet):
+    for role, source in (("reference", reference), ("generated", generated)):
+        if not (Path(source).is_file() and is_statistics(source)):
+            images = read_images(source)
             first = torch.arange(min(images.n, 60))
-            grids.append(ImageGrid(images.load(first), f"{name}: the first {len(first)} of {images.name}"))
+            grids.append(ImageGrid(images.load(first), f"{role}: the first {len(first)} of {images.name}"))
     sections = [Section("Values", [Table(["metric", "value"], rows), *result.notes])]
     if grids:
         sections.append(Section("Images", [Gallery(grids)]))

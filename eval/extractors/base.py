@@ -25,11 +25,13 @@ class Extractor(ABC):
     """Images to features.
 
     ``id`` names everything that changes a feature: network, resize rule, weights hash. Distances between features of
-    different ids mean nothing, so every result carries it. ``dim`` is the size of a feature.
+    different ids mean nothing, so every result carries it. ``dim`` is the size of a feature,
+    ``num_classes`` that of the logits, None for an extractor without.
     """
 
     id: str
     dim: int
+    num_classes: int | None = None
 
     @abstractmethod
     def __call__(self, images: Tensor) -> Features:

@@ -18,10 +18,11 @@ class DigitsExtractor(Extractor):
 
     def __init__(self) -> None:
         record = json.loads(WEIGHTS.with_suffix(".json").read_text(encoding="utf-8"))
-        self.network = DigitsClassifier.from_config(record["config"]).eval()
-        self.network.load_state_dict(load_file(WEIGHTS))
+        with torch.device("meta"):  # initial weights would be drawn from the caller's random stream
+            self.network = DigitsClassifier.from_config(record["config"]).eval()
+        self.network.load_state_dict(load_file(WEIGHTS), assign=True)
         self.training = record["training"]
-        self.dim = self.network.config.feature_dim
+        self.dim, self.num_classes = self.network.config.feature_dim, self.network.config.num_classes
         self.id = f"digits/no-resize/{file_hash(WEIGHTS)}"
 
     def to(self, device: torch.device | str) -> "DigitsExtractor":

@@ -1,6 +1,7 @@
 """What a metric is: a function of a generated set, and mostly of a reference set, that declares what it reads."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -25,6 +26,11 @@ class FeatureSet:
     logits: Tensor | None = None
     labels: Tensor | None = None
 
+    @property
+    def fields(self) -> set[str]:
+        """The names of what is known."""
+        return {name for name, value in vars(self).items() if value is not None}
+
 
 class Metric(ABC):
     """A named measurement; constructor arguments are its settings, kept as attributes and recorded in results.
@@ -40,10 +46,10 @@ class Metric(ABC):
     def __call__(self, reference: FeatureSet | None, generated: FeatureSet) -> dict[str, float]:
         """Named values; names are the field's and unique over all metrics."""
 
-    def missing(self, reference: FeatureSet | None, generated: FeatureSet) -> list[str]:
-        """What this metric would need and is not there, in words."""
+    def missing(self, reference: Collection[str], generated: Collection[str]) -> list[str]:
+        """What this metric would need beyond the fields that either side has, in words."""
         sides = (("reference", reference, self.reads_reference), ("generated", generated, self.reads_generated))
-        return [f"{side} {field}" for side, of, fields in sides for field in fields if getattr(of, field, None) is None]
+        return [f"{side} {field}" for side, has, needs in sides for field in needs if field not in has]
 
 
 def get_metric(metric: "str | Metric") -> Metric:

@@ -98,6 +98,8 @@ def test_metrics_that_lack_something_are_refused_by_name(halves):
         evaluate(None, halves[1][0], quiet=True)
     with pytest.raises(ValueError, match="metrics='frechett' is not known; did you mean 'frechet'"):
         evaluate(*halves, metrics=["frechett"])
+    with pytest.raises(ValueError, match="'prdc' is named twice"):
+        evaluate(*halves, metrics=["prdc", PrecisionRecallDensityCoverage(pr_k=1)])
     with pytest.raises(ValueError, match="metrics is empty"):
         evaluate(*halves, metrics=[])
 
@@ -125,6 +127,7 @@ def test_n_draws_the_same_subset_for_the_same_seed(real):
     assert runs[0].protocol.n_real == runs[0].protocol.n_gen == 200
     a, b = (evaluate(real, real, metrics=["accuracy"], n=500, seed=s, quiet=True).protocol for s in (1, 2))
     assert a.seed != b.seed
+    assert runs[0].values["frechet_distance"] > 1  # the two sides are drawn apart
     with pytest.raises(ValueError, match="generated set 'tensor' has 10 images, 20 are needed"):
         evaluate("digits", real[0][:10], n=20)
     with pytest.raises(ValueError, match="has 1 images, 2 are needed"):
