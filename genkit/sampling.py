@@ -129,7 +129,9 @@ def trajectory(
     expected = scheduler_prediction_type(scheduler)
     timesteps = scheduler.timesteps
     # Times stay on the CPU: coefficients are computed there and no step waits for the device.
-    times = torch.cat((denoiser.interpolant.time(timesteps.cpu()), torch.zeros(1, dtype=torch.float64)))
+    times = getattr(scheduler, "times", None)
+    if times is None:
+        times = torch.cat((denoiser.interpolant.time(timesteps.cpu()), torch.zeros(1, dtype=torch.float64)))
     accepted = inspect.signature(scheduler.step).parameters
     unknown_kwargs = set(step_kwargs) - set(accepted)
     if unknown_kwargs:

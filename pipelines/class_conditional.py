@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from inspect import signature
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from genkit.denoisers import from_pipeline
+from genkit.interpolants import Linear
 from genkit.sampling import State, trajectory
 
 
@@ -70,7 +72,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
 
         Args:
             class_labels: numbers of the classes; leave out for an unconditional network and give ``batch_size``.
-            num_inference_steps: network evaluations without guidance.
+            num_inference_steps: network evaluations without guidance; on the linear path at times ``1 - k/N``, which
+                the scheduler then shifts.
             guider: a genkit guider for this call.
             num_images_per_label: images a label, next to each other.
             sigmas, timesteps: a schedule of your own in place of ``num_inference_steps``.
@@ -90,6 +93,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
                 f"callback_on_step_end_tensor_inputs={sorted(unknown_inputs)}: "
                 f"accepted are {self._callback_tensor_inputs}"
             )
+        if num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps={num_inference_steps}: must be at least 1")
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type={output_type!r}: accepted are pil, np, pt, latent")
         denoiser = from_pipeline(self)
@@ -108,8 +113,15 @@ class ClassConditionalPipeline(DiffusionPipeline):
             latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
         elif latents.shape != shape:
             raise ValueError(f"latents has shape {tuple(latents.shape)}, expected {shape}")
-        schedule = {"sigmas": sigmas, "timesteps": timesteps}
-        schedule = {k: v for k, v in schedule.items() if v is not None} or {"num_inference_steps": num_inference_steps}
+        schedule = {k: v for k, v in {"sigmas": sigmas, "timesteps": timesteps}.items() if v is not None}
+        if not schedule:
+            schedule = {"num_inference_steps": num_inference_steps}
+            if (
+                isinstance(denoiser.interpolant, Linear)
+                and "sigmas" in signature(self.scheduler.set_timesteps).parameters
+            ):
+                # Flow-matching schedulers left alone spend their last step on the stretch from t = 0.001 to 0.
+                schedule = {"sigmas": [1 - k / num_inference_steps for k in range(num_inference_steps)]}
         self.scheduler.set_timesteps(**schedule, device=device)
         x = latents.to(device, dtype) * getattr(self.scheduler, "init_noise_sigma", 1.0)
         self._interrupt = False

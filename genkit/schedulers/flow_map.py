@@ -34,6 +34,11 @@ class FlowMapScheduler(SchedulerMixin, ConfigMixin):
         path: config of the scheduler under which the student's teacher was trained, with its ``_class_name``, where the
             path is not the linear one. See :meth:`from_teacher`.
 
+    Attributes:
+        times: times of the jumps and the final 0, float64 ``(N + 1,)``, after :meth:`set_timesteps`.
+
+    ``times`` holds the times of the jumps and the final 0, float64 ``(N + 1,)``, after :meth:`set_timesteps`.
+
     Source: Boffi et al., arXiv 2505.18825, section 2; re-noising: Song et al., "Consistency models", arXiv 2303.01469,
     algorithm 1.
     """
@@ -126,9 +131,9 @@ class FlowMapScheduler(SchedulerMixin, ConfigMixin):
         self.num_inference_steps = len(t)
 
     def _set(self, t: Tensor, device) -> None:
-        self._times = torch.cat((t, t.new_zeros(1)))
+        self.times = torch.cat((t, t.new_zeros(1)))
         self.timesteps = self.interpolant.timestep(t).to(device)
-        self.sigmas = self._times.float()
+        self.sigmas = self.times.float()
         self._step_index = self._begin_index = None
 
     @property
@@ -158,7 +163,7 @@ class FlowMapScheduler(SchedulerMixin, ConfigMixin):
 
     def jump_target(self, timestep) -> Tensor:
         """Time in [0, 1] that the network must be asked to jump to from ``timestep``; a float64 scalar."""
-        return self._times[-1] if self.config.stochastic else self._times[self._index(timestep) + 1]
+        return self.times[-1] if self.config.stochastic else self.times[self._index(timestep) + 1]
 
     # -- steps ------------------------------------------------------------------------------------------------
 
@@ -177,10 +182,10 @@ class FlowMapScheduler(SchedulerMixin, ConfigMixin):
         """One jump; ``model_output`` is ``u(x, t, s)`` for ``s = jump_target(timestep)``, both ``(B, ...)``."""
         i = self._index(timestep)
         wide = sample.to(torch.promote_types(sample.dtype, torch.float32))
-        x = wide + float(self.jump_target(timestep) - self._times[i]) * model_output
+        x = wide + float(self.jump_target(timestep) - self.times[i]) * model_output
         if self.config.stochastic and i + 1 < len(self.timesteps):
             noise = randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-            x = self.interpolant.interpolate(x, noise, self._times[i + 1])
+            x = self.interpolant.interpolate(x, noise, self.times[i + 1])
         self._step_index = i + 1
         x = x.to(sample.dtype)
         return FlowMapSchedulerOutput(prev_sample=x) if return_dict else (x,)
