@@ -82,8 +82,9 @@ class Guider(ModularProtocol):
         """Whether the rule acts at time ``t``, shape ``()``."""
         if not (self._switched_on and self._enabled) or self.neutral:
             return False
-        progress = 1 - float(t)
-        return (self.start == 0 or progress >= self.start) and (self.stop == 1 or progress <= self.stop)
+        progress, slack = 1 - float(t), 1e-6  # times in float32 and float64 fall on the same side of an edge
+        after = self.start == 0 or progress >= self.start - slack
+        return after and (self.stop == 1 or progress <= self.stop + slack)
 
     def guide(self, point: Point, state: Any) -> tuple[Guided, Any]:
         """The rule: what to follow at ``point``, and the state for the next evaluation.

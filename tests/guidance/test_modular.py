@@ -1,0 +1,182 @@
+"""Guiders in modular pipelines: against the native ones, against `guided`, and after a reload in a fresh process."""
+
+import subprocess
+import sys
+import textwrap
+
+import diffusers
+import pytest
+import torch
+
+from genkit.guidance import APG, CFG, attach, detach, guided
+
+BOTH = pytest.mark.parametrize("name", ["sd3", "sdxl"])
+NATIVE = {"sd3": 7.0, "sdxl": 7.5}
+
+
+@BOTH
+def test_cfg_is_the_native_one_bit_for_bit(name, modular_pipeline, run_pipeline):
+    _, pipe = modular_pipeline(name)
+    native = run_pipeline(pipe, name)
+    attached = attach(pipe, CFG(guidance_scale=NATIVE[name]))
+    assert pipe.guider is attached
+    assert torch.equal(run_pipeline(pipe, name), native)
+    attach(pipe, APG())
+    assert not torch.equal(run_pipeline(pipe, name), native)
+    detach(pipe)
+    assert type(pipe.guider) is diffusers.ClassifierFreeGuidance and "guider" not in pipe.config
+    assert torch.equal(run_pipeline(pipe, name), native)
+
+
+@BOTH
+def test_modular_and_classic_agree(name, modular_pipeline, run_pipeline, relative):
+    classic, pipe = modular_pipeline(name)
+    guider = APG(guidance_scale=9.0, norm_threshold=2.0)
+    attach(pipe, guider)
+    first = run_pipeline(pipe, name)
+    assert torch.equal(run_pipeline(pipe, name), first)
+    with guided(classic, guider):
+        assert relative(first, run_pipeline(classic, name)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "scheduler"),
+    [
+        ("sd3", "FlowMatchHeunDiscreteScheduler"),
+        ("sdxl", "HeunDiscreteScheduler"),
+        ("sdxl", "KDPM2DiscreteScheduler"),
+    ],
+)
+def test_guidance_stays_on_under_second_order_solvers(name, scheduler, modular_pipeline, run_pipeline, relative):
+    classic, pipe = modular_pipeline(name)
+    classic.scheduler = getattr(diffusers, scheduler).from_config(classic.scheduler.config)
+    pipe.update_components(scheduler=classic.scheduler)
+    attach(pipe, CFG(guidance_scale=5.0))
+    assert relative(run_pipeline(pipe, name), run_pipeline(classic, name, guidance_scale=5.0)) < 1e-5
+    guider = APG(guidance_scale=5.0, norm_threshold=2.0)
+    attach(pipe, guider)
+    with guided(classic, guider):
+        assert relative(run_pipeline(pipe, name), run_pipeline(classic, name)) < 1e-5
+
+
+@BOTH
+def test_disabled_neutral_and_windowed(name, modular_pipeline, run_pipeline, relative):
+    classic, pipe = modular_pipeline(name)
+    plain = run_pipeline(classic, name, guidance_scale=1.0)
+    for guider in (CFG(enabled=False), CFG(guidance_scale=1.0), CFG(start=0.999, stop=0.999)):
+        attach(pipe, guider)
+        for _ in range(2):  # a second run must not crash on what the first left behind
+            assert relative(run_pipeline(pipe, name), plain) < 1e-5
+    window = CFG(guidance_scale=5.0, stop=0.45)
+    attach(pipe, window)
+    first = run_pipeline(pipe, name)
+    assert torch.equal(run_pipeline(pipe, name), first)
+    with guided(classic, window):
+        assert relative(first, run_pipeline(classic, name)) < 1e-5
+
+
+def test_window_equals_the_stock_one_on_the_same_steps(modular_pipeline, run_pipeline):
+    _, pipe = modular_pipeline("sdxl")
+    pipe.update_components(guider=diffusers.ClassifierFreeGuidance(guidance_scale=5.0, stop=0.5))
+    stock = run_pipeline(pipe, "sdxl", num_inference_steps=4)
+    assert (1 - (pipe.scheduler.timesteps + 1) / 1000 <= 0.6).tolist() == [True, True, False, False]
+    attach(pipe, CFG(guidance_scale=5.0, stop=0.6))
+    assert torch.equal(run_pipeline(pipe, "sdxl", num_inference_steps=4), stock)
+
+
+@BOTH
+def test_one_guider_in_two_pipelines(name, modular_pipeline, run_pipeline):
+    (_, one), (_, two) = modular_pipeline(name), modular_pipeline(name)
+    guider = APG(norm_threshold=2.0)
+    attach(one, guider)
+    expected = run_pipeline(one, name)
+    attach(two, guider)
+    assert guider.scheduler_config is None and one.guider is not two.guider
+    assert torch.equal(run_pipeline(two, name), expected) and torch.equal(run_pipeline(one, name), expected)
+
+
+@BOTH
+def test_unattached(name, modular_pipeline, run_pipeline):
+    _, pipe = modular_pipeline(name)
+    pipe.update_components(guider=CFG())
+    with pytest.raises(ValueError, match=r"use genkit.attach\(pipe, guider\)"):
+        run_pipeline(pipe, name)
+
+
+def test_what_attach_refuses(modular_pipeline):
+    classic, pipe = modular_pipeline("sd3")
+    with pytest.raises(ValueError, match="use genkit.guided"):
+        attach(classic, CFG())
+    with pytest.raises(ValueError, match="name='guidr' is not known; did you mean 'guider'"):
+        attach(pipe, CFG(), name="guidr")
+    with pytest.raises(ValueError, match="guider=ClassifierFreeGuidance"):
+        attach(pipe, diffusers.ClassifierFreeGuidance())
+    pipe.update_components(scheduler=diffusers.DDIMScheduler())
+    with pytest.raises(ValueError, match="does not fit SD3Transformer2DModel"):
+        attach(pipe, CFG())
+    empty = diffusers.StableDiffusion3AutoBlocks().init_pipeline()
+    with pytest.raises(ValueError, match="no scheduler yet"):
+        attach(empty, CFG())
+
+
+def test_sd3_without_negative_prompt_warns(modular_pipeline, run_pipeline, warnings_of_genkit):
+    _, pipe = modular_pipeline("sd3")
+    attach(pipe, CFG())
+    run_pipeline(pipe, "sd3", negative_prompt=None)
+    messages = [r.message for r in warnings_of_genkit.records if "bit for bit" in r.message]
+    assert len(messages) == 1 and "negative_prompt=''" in messages[0]
+
+
+CHILD = """
+    import sys, torch
+    torch.set_num_threads(1)
+    import genkit
+    assert "torch" in sys.modules and "diffusers" not in sys.modules  # genkit itself has loaded neither
+    from diffusers import DiffusionPipeline, ModularPipeline
+
+    folder = sys.argv[1]
+    for name in ("sd3", "sdxl"):
+        from genkit.testing import tiny
+        arguments = tiny.call_arguments(name, 3) | dict(output_type="latent", negative_prompt="two dogs")
+        pipe = ModularPipeline.from_pretrained(f"{folder}/{name}/modular")
+        pipe.load_components()
+        assert type(pipe.guider).__name__ == "APG", pipe.guider
+        results = {"modular": pipe(**arguments, output="images" if name == "sd3" else "latents")}
+        pipe = DiffusionPipeline.from_pretrained(f"{folder}/{name}/classic")
+        arguments["generator"].manual_seed(0)
+        with genkit.guided(pipe, genkit.load_guider(f"{folder}/{name}/modular/guider")):
+            results["classic"] = pipe(**arguments, guidance_scale=2.0).images
+        torch.save(results, f"{folder}/{name}/results.pt")
+"""
+
+
+def test_saved_and_reloaded_in_a_fresh_process(modular_pipeline, run_pipeline, relative, tmp_path):
+    expected = {}
+    for name in NATIVE:
+        classic, pipe = modular_pipeline(name)
+        attach(pipe, APG(guidance_scale=9.0, norm_threshold=2.0, eta=0.25))
+        expected[name] = run_pipeline(pipe, name)
+        pipe.save_pretrained(str(tmp_path / "elsewhere" / name / "modular"), overwrite_modular_index=name == "sd3")
+        classic.save_pretrained(tmp_path / "elsewhere" / name / "classic")
+    folder = (tmp_path / "elsewhere").rename(tmp_path / "moved")
+    child = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(CHILD), str(folder)], capture_output=True, text=True, timeout=300
+    )
+    assert child.returncode == 0, child.stderr
+    for name in NATIVE:
+        for kind, latents in torch.load(folder / name / "results.pt", weights_only=True).items():
+            assert relative(latents, expected[name]) < 1e-5, (name, kind)
+
+
+def test_detached_pipelines_save_no_guider(modular_pipeline, run_pipeline, tmp_path):
+    _, pipe = modular_pipeline("sdxl")
+    native = run_pipeline(pipe, "sdxl")
+    attach(pipe, APG())
+    detach(pipe)
+    pipe.save_pretrained(str(tmp_path), overwrite_modular_index=True)
+    loaded = diffusers.ModularPipeline.from_pretrained(str(tmp_path))
+    loaded.load_components()
+    loaded.set_progress_bar_config(disable=True)
+    assert type(loaded.guider) is diffusers.ClassifierFreeGuidance
+    latents = run_pipeline(loaded, "sdxl")
+    assert (latents - native).abs().max() < 1e-5 * native.abs().max()
