@@ -173,7 +173,8 @@ class TrainConfig(Section):
             )
         if self.lr_scheduler == "constant" and self.lr_warmup_steps:
             raise ValueError(
-                f"lr_warmup_steps={self.lr_warmup_steps} needs a schedule with warm-up: lr_scheduler=constant_with_warmup"
+                f"lr_warmup_steps={self.lr_warmup_steps} needs a schedule with warm-up, such as "
+                "lr_scheduler=constant_with_warmup"
             )
         return self
 

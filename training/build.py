@@ -1,0 +1,149 @@
+"""From settings to the parts of a run: pipeline, student, teacher, objective, data."""
+
+import inspect
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
+from torch import nn
+
+from genkit.data.base import Source
+from genkit.denoisers import TwoTime, from_pipeline
+from genkit.denoisers.base import Denoiser, FlowMap
+from genkit.registry import lookup, members, unknown
+from genkit.rng import hash_seed
+from genkit.training.adapters import add_lora
+from genkit.training.config import Model, Named, TrainConfig
+from genkit.training.inputs import Inputs, synthetic_settings
+from genkit.training.objectives.base import Objective
+
+
+@dataclass
+class Run:
+    """The parts of a run. ``pipe`` holds the network that ``student`` trains; ``inputs`` batches ``source`` for it."""
+
+    config: TrainConfig
+    pipe: DiffusionPipeline
+    student: Denoiser
+    objective: Objective
+    source: Source
+    inputs: Inputs
+
+
+def build(config: TrainConfig) -> Run:
+    """Make everything that ``config`` names, on the CPU in float32; weights depend on ``config.seed`` alone.
+
+    Raises:
+        ValueError: parts that do not fit: data of another shape, labels out of range, a teacher on another path.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(hash_seed(config.seed, 0x6E6574))
+        pipe = load_pipeline(config.model.pretrained, "model.pretrained") if config.model.pretrained else _new(config)
+        for part in pipe.components.values():
+            if isinstance(part, nn.Module):
+                part.requires_grad_(False).eval()
+        student = from_pipeline(pipe)
+        cls = config.objective_class()
+        if cls.needs_flow_map and not isinstance(student, FlowMap):
+            student = TwoTime(student)  # type: ignore[arg-type]
+        student.module.requires_grad_(config.adapter.kind == "full")
+        if config.adapter.kind == "lora":
+            add_lora(student, config.adapter)
+        if config.gradient_checkpointing:
+            _checkpoint_gradients(student)
+        teacher = None
+        if config.teacher is not None:
+            teacher = from_pipeline(load_pipeline(config.teacher, "teacher"))
+            if type(teacher.interpolant) is not type(student.interpolant):
+                raise ValueError(
+                    f"teacher={config.teacher!r} is on the path {type(teacher.interpolant).__name__}, the student on "
+                    f"{type(student.interpolant).__name__}"
+                )
+        objective = cls(config.objective_config(), student, teacher)
+    settings = config.source_config().model_dump(exclude_unset=True)
+    if config.data.name == "synthetic" and "shape" not in settings:
+        settings = synthetic_settings(pipe, student) | settings
+    source = config.source_class()(**settings)
+    return Run(config, pipe, student, objective, source, Inputs(pipe, student, source, config.seed))
+
+
+def check_model(model: Model) -> None:
+    """Refuse an unknown network, scheduler or argument of either, and a folder that is not there."""
+    if model.pretrained is not None:
+        _folder(model.pretrained, "model.pretrained")
+        return
+    network = lookup("genkit.networks", ModelMixin, model.network, setting="model.network")  # type: ignore[arg-type]
+    _check_arguments(network, model.settings, "model")
+    _check_arguments(_scheduler_class(model.scheduler), model.scheduler.settings, "model.scheduler")
+
+
+def load_pipeline(name: str, setting: str) -> DiffusionPipeline:
+    """A pipeline of Diffusers or genkit from its folder, or from the Hub by ``owner/name``.
+
+    Raises:
+        ValueError: neither a folder with a ``model_index.json`` nor such a name.
+    """
+    folder = _folder(name, setting)
+    if folder is None:
+        return DiffusionPipeline.from_pretrained(name, torch_dtype=torch.float32)
+    index = json.loads((folder / "model_index.json").read_text())
+    ours = {cls.__name__: cls for cls in members("genkit.pipelines", DiffusionPipeline).values()}
+    cls = ours.get(str(index.get("_class_name")), DiffusionPipeline)
+    return cls.from_pretrained(folder, torch_dtype=torch.float32)
+
+
+def _folder(name: str, setting: str) -> Path | None:
+    folder = Path(name)
+    if (folder / "model_index.json").is_file():
+        return folder
+    if folder.is_dir():
+        there = sorted(p.name for p in folder.iterdir())[:8]
+        raise ValueError(f"{setting}={name!r} holds {there}, wanted a pipeline folder with a model_index.json")
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."):
+        return None
+    raise ValueError(f"{setting}={name!r} is neither a pipeline folder nor a name (owner/name) on the Hub")
+
+
+def _new(config: TrainConfig) -> DiffusionPipeline:
+    from genkit.pipelines.class_conditional import ClassConditionalPipeline
+
+    model = config.model
+    cls = lookup("genkit.networks", ModelMixin, model.network, setting="model.network")  # type: ignore[arg-type]
+    network = _call(cls, model.settings, "model")
+    scheduler = _call(_scheduler_class(model.scheduler), model.scheduler.settings, "model.scheduler")
+    return ClassConditionalPipeline(transformer=network, scheduler=scheduler)
+
+
+def _call(cls, settings: dict, setting: str):
+    try:
+        return cls(**settings)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise ValueError(f"{setting}: {cls.__name__} refuses {settings}: {error}") from None
+
+
+def _scheduler_class(scheduler: Named) -> type:
+    ours = {cls.__name__: cls for cls in members("genkit.schedulers", SchedulerMixin).values()}
+    known = [n for n in dir(diffusers) if n.endswith("Scheduler") and not n.startswith("Flax")]
+    if scheduler.name in ours:
+        return ours[scheduler.name]
+    if scheduler.name not in known:
+        raise ValueError(unknown("model.scheduler.name", scheduler.name, [*known, *ours]))
+    return getattr(diffusers, scheduler.name)
+
+
+def _check_arguments(cls: type, settings: dict, section: str) -> None:
+    accepted = [n for n in inspect.signature(cls.__init__).parameters if n not in ("self", "kwargs")]
+    for key in settings:
+        if key not in accepted:
+            raise ValueError(unknown(f"unknown key in {section}: key", key, accepted))
+
+
+def _checkpoint_gradients(student: Denoiser) -> None:
+    network = student.module
+    if not hasattr(network, "enable_gradient_checkpointing"):
+        raise ValueError(f"gradient_checkpointing=True, but {type(network).__name__} does not support it")
+    network.enable_gradient_checkpointing()

@@ -1,0 +1,112 @@
+"""What the trainer keeps for each trained network: its optimiser, its schedule, its averages."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from genkit.training.config import Named, TrainConfig
+from genkit.training.ema import EMA
+from genkit.training.objectives.base import Objective, Role
+from genkit.training.optimizers import make_lr_scheduler, make_optimizer
+
+
+class TrainedRole:
+    """A trained network with its optimiser, learning-rate schedule and averages.
+
+    Raises:
+        ValueError: nothing in it is trainable.
+    """
+
+    def __init__(self, name: str, role: Role, config: TrainConfig):
+        self.name, self.module = name, role.module
+        self.parameters = {n: p for n, p in role.module.named_parameters() if p.requires_grad}
+        if not self.parameters:
+            raise ValueError(f"role {name!r} of objective={config.objective.name!r} has no trainable weights")
+        optimizer = {"name": config.optimizer.name, **config.optimizer.settings, **role.optimizer}
+        self.optimizer = make_optimizer(Named(**optimizer), list(self.parameters.values()))
+        self.lr_scheduler = make_lr_scheduler(
+            self.optimizer,
+            config.lr_scheduler,
+            config.lr_warmup_steps,
+            config.max_train_steps,
+            config.lr_final_ratio,
+        )
+        self.ema = EMA(self.parameters, config.ema.decays) if role.ema and config.ema.decays else None
+
+    def enable(self, on: bool) -> None:
+        """Whether losses reach its weights; gradients with respect to its inputs pass in any case."""
+        for parameter in self.parameters.values():
+            parameter.requires_grad_(on)
+
+    def resume_schedule(self, step: int) -> None:
+        """Go to ``step`` of the schedule of this run, which may be another than the saved run's."""
+        self.lr_scheduler.last_epoch = step
+        rates = [
+            base * fn(step) for base, fn in zip(self.lr_scheduler.base_lrs, self.lr_scheduler.lr_lambdas, strict=True)
+        ]
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        self.lr_scheduler._last_lr = rates
+
+    def gradient_norm(self, limit: float | None) -> Tensor:
+        """The norm of the gradient, before it is cut to ``limit``."""
+        present = [p for p in self.parameters.values() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in present if p.grad is not None])
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        if limit is not None:
+            torch.nn.utils.clip_grads_with_norm_(present, limit, norm)
+        return norm
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Live tensors of a checkpoint by file and name: trained weights, buffers of a fully trained network, averages."""
+        weights: dict[str, Tensor] = {n: p.detach() for n, p in self.parameters.items()}
+        if len(weights) == len(list(self.module.parameters())):
+            weights |= persistent_buffers(self.module)
+        files = {self.name: weights}
+        if self.ema is not None:
+            files[f"{self.name}.ema"] = self.ema.state_dict()
+        return files
+
+
+def trained_roles(objective: Objective, config: TrainConfig) -> dict[str, TrainedRole]:
+    """The trained roles; frozen ones are put in eval mode and lose their gradients.
+
+    Raises:
+        ValueError: trainable weights that no role, or more than one, would train; a phase that trains an unknown role.
+    """
+    roles = objective.roles
+    for role in roles.values():
+        role.module.train(role.trains)
+        if not role.trains:
+            role.module.requires_grad_(False)
+    owners: dict[int, list[str]] = {}
+    for name, role in roles.items():
+        for parameter in role.module.parameters():
+            owners.setdefault(id(parameter), []).append(name)
+    for name, parameter in objective.named_parameters():
+        if parameter.requires_grad and len(owners.get(id(parameter), [])) != 1:
+            raise ValueError(
+                f"objective={config.objective.name!r}: the trainable weight {name!r} must belong to one role, it belongs "
+                f"to {owners.get(id(parameter), [])} of {list(roles)}"
+            )
+    trained = {name: TrainedRole(name, role, config) for name, role in roles.items() if role.trains}
+    for phase in objective.phases(0):
+        wrong = [name for name in phase.trains if name not in trained]
+        if wrong:
+            raise ValueError(
+                f"objective={config.objective.name!r}: phase {phase.name!r} trains {wrong}; trained roles are "
+                f"{list(trained)}"
+            )
+    return trained
+
+
+def own_buffers(objective: Objective) -> dict[str, Tensor]:
+    """Persistent buffers of the objective itself, outside every role: its counters and running statistics."""
+    of_roles = {id(b) for role in objective.roles.values() for b in role.module.buffers()}
+    return {n: b for n, b in persistent_buffers(objective).items() if id(b) not in of_roles}
+
+
+def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
+    saved: Mapping[str, Tensor] = module.state_dict(keep_vars=True)
+    return {n: b for n, b in module.named_buffers() if n in saved}

@@ -1,0 +1,91 @@
+"""Samples and metrics in the course of a run."""
+
+import copy
+import json
+
+import numpy
+import torch
+from accelerate import Accelerator
+from diffusers.utils import make_image_grid
+from PIL import Image
+from torch import Tensor
+
+from genkit.eval.inputs import to_uint8
+from genkit.eval.run import evaluate
+from genkit.rng import ItemRNG, hash_seed
+from genkit.sampling import sample
+from genkit.schedulers.flow_map import FlowMapScheduler
+from genkit.training.build import Run
+
+
+def student_scheduler(run: Run):
+    """What the student is sampled with: the pipeline's scheduler, or jumps on its path where it learns to jump."""
+    if run.objective.needs_flow_map:
+        return FlowMapScheduler.from_teacher(run.pipe.scheduler)
+    return copy.deepcopy(run.pipe.scheduler)
+
+
+class Sampler:
+    """Draws the same samples again and again: noise, labels and prompts are fixed by the settings.
+
+    Raises:
+        ValueError: more samples are to be compared with the data than there are.
+    """
+
+    def __init__(self, run: Run):
+        self.run, self.settings = run, run.config.sampling
+        self.folder = run.config.output_dir / "samples"
+        n = self.settings.num_samples
+        if self.settings.evaluate is not None and len(run.source) < n:
+            raise ValueError(f"sampling.num_samples={n}: the data has {len(run.source)} items to compare them with")
+        self.read = run.source.__getitems__(range(n))
+        if run.inputs.labels:
+            self.read["class_labels"] = torch.arange(n) % run.inputs.labels
+
+    def draw(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
+        """Clean samples ``(num_samples, *shape)``, float32, in the student's space."""
+        scheduler = student_scheduler(self.run)
+        scheduler.set_timesteps(self.settings.num_inference_steps, device=device)
+        n = self.settings.num_samples
+        noise = ItemRNG(hash_seed(self.run.config.seed, 0x73616D70), range(n), device).normal(shape)
+        condition = self.run.inputs.condition(self.read, device)
+        x = noise * getattr(scheduler, "init_noise_sigma", 1.0)
+        return sample(self.run.student, scheduler, x, condition).float()
+
+    def record(self, samples: Tensor, step: int, accelerator: Accelerator, measures: dict[str, float]) -> None:
+        """A picture in ``samples/``, a line in ``samples/metrics.jsonl`` with ``measures`` and the evaluation's."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        pixels = self.run.inputs.decode(samples)
+        if self.settings.evaluate is not None:
+            real = self.run.inputs.pixels(self.run.source.__getitems__(range(len(pixels)))["x0"])
+            labels = self.read["class_labels"] if "class_labels" in self.read else None
+            generated = to_uint8(pixels.cpu())
+            result = evaluate(
+                to_uint8(real),
+                generated if labels is None else (generated, labels),
+                extractor=self.settings.evaluate,
+                device=samples.device,
+                quiet=True,
+            )
+            measures = measures | {f"eval/{k}": v for k, v in result.values.items()}
+        if pixels.ndim == 4 and pixels.shape[1] in (1, 3):
+            grid = image_grid(pixels)
+            grid.save(self.folder / f"step-{step}.png")
+            for tracker in accelerator.trackers:
+                if tracker.name == "tensorboard":
+                    tracker.log_images({"samples": numpy.asarray(grid.convert("RGB"))[None]}, step, dataformats="NHWC")
+                elif hasattr(tracker, "log_images"):
+                    tracker.log_images({"samples": [grid]}, step)
+        with open(self.folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps({"step": step, **measures}) + "\n")
+        accelerator.log(measures, step=step)
+
+
+def image_grid(pixels: Tensor, least: int = 64) -> Image.Image:
+    """``(B, C, H, W)`` in [-1, 1] as one picture, near square, small pictures enlarged to a side of ``least``."""
+    arrays = to_uint8(pixels.float().cpu()).permute(0, 2, 3, 1).numpy()
+    images = [Image.fromarray(a[..., 0] if a.shape[-1] == 1 else a) for a in arrays]
+    columns = max(c for c in range(1, len(images) + 1) if len(images) % c == 0 and c * c <= len(images))
+    factor = max(1, least // images[0].width)
+    images = [i.resize((i.width * factor, i.height * factor), Image.Resampling.NEAREST) for i in images]
+    return make_image_grid(images, rows=columns, cols=len(images) // columns)
