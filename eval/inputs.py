@@ -169,9 +169,9 @@ def _folder_labels(folder: Path, files: list[Path]) -> Tensor | None:
         if absent:
             raise ValueError(f"{metadata}: no label for {absent[0]} ({len(absent)} images lack one)")
         return torch.tensor([int(known[name]) for name in names])
-    classes = [path.relative_to(folder).parts[0] if path.parent != folder else None for path in files]
-    if None in classes:
+    if any(path.parent == folder for path in files):
         return None
+    classes = [path.relative_to(folder).parts[0] for path in files]
     names = sorted(set(classes))
     numbers = {name: int(name) if all(n.isdecimal() for n in names) else i for i, name in enumerate(names)}
     return torch.tensor([numbers[name] for name in classes])

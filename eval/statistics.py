@@ -3,6 +3,7 @@
 import json
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,7 +44,8 @@ class FeatureStats:
     @property
     def covariance(self) -> Tensor:
         """M / (n - 1), shape ``(d, d)``. Raises ``ValueError`` for n < 2."""
-        if self._covariance is not None:
+        if self.n is None:
+            assert self._covariance is not None
             return self._covariance
         if self.n < 2:
             raise ValueError(f"a covariance needs at least 2 samples, got n={self.n}")
@@ -88,7 +90,7 @@ class FeatureStats:
 
     def save(self, path: str | Path, meta: dict | None = None) -> None:
         """Write ``.npz`` with ``mu``, ``sigma`` (as clean-fid, pytorch-fid, ADM do), ``n`` and JSON ``meta``."""
-        arrays = {"mu": self.mean.numpy(), "sigma": self.covariance.numpy()}
+        arrays: dict[str, Any] = {"mu": self.mean.numpy(), "sigma": self.covariance.numpy()}
         if self.n is not None:
             arrays["n"] = np.array(self.n)
         with open(path, "wb") as file:

@@ -69,8 +69,6 @@ class FrechetDistance(Metric):
 
     def __call__(self, reference: FeatureSet | None, generated: FeatureSet) -> dict[str, float]:
         assert reference is not None
-        few = reference.features is not None and generated.features is not None
-        raw = frechet_raw(
-            reference.features if few else reference.stats, generated.features if few else generated.stats
-        )
+        x, y = reference.features, generated.features
+        raw = frechet_raw(reference.stats, generated.stats) if x is None or y is None else frechet_raw(x, y)
         return {"frechet_distance": max(raw, 0.0), "frechet_raw": raw}

@@ -46,11 +46,11 @@ def prdc(reference: Tensor, generated: Tensor, *, pr_k: int = 3, dc_k: int = 5, 
     inside_x = torch.zeros(len(y), dtype=torch.bool)  # y_j in some ball of x
     recalled = covered = pairs = 0
     for start in range(0, len(x), block):
-        rows = slice(start, start + block)
-        distance = _distances(x[rows], y)
-        inside_x |= (distance <= x_pr[rows, None]).any(0)
+        part = slice(start, start + block)
+        distance = _distances(x[part], y)
+        inside_x |= (distance <= x_pr[part, None]).any(0)
         recalled += int((distance <= y_pr).any(1).sum())
-        within = distance < x_dc[rows, None]
+        within = distance < x_dc[part, None]
         pairs += int(within.sum())
         covered += int(within.any(1).sum())
     return PRDC(int(inside_x.sum()) / len(y), recalled / len(x), pairs / (dc_k * len(y)), covered / len(x))
