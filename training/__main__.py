@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     logging.getLogger("genkit").setLevel(logging.WARNING if arguments.quiet else logging.INFO)
     from genkit.training.objectives.base import DivergedError
-    from genkit.training.trainer import Stopped
+    from genkit.training.interrupt import Stopped
 
     try:
         config = load_config(arguments.config, arguments.overrides, data=arguments.data)

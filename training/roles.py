@@ -59,7 +59,10 @@ class TrainedRole:
         return norm
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Live tensors of a checkpoint by file and name: trained weights, buffers of a fully trained network, averages."""
+        """Live tensors of a checkpoint by file and name.
+
+        The trained weights, a fully trained network's buffers, and the averages.
+        """
         weights: dict[str, Tensor] = {n: p.detach() for n, p in self.parameters.items()}
         if len(weights) == len(list(self.module.parameters())):
             weights |= persistent_buffers(self.module)
@@ -87,8 +90,8 @@ def trained_roles(objective: Objective, config: TrainConfig) -> dict[str, Traine
     for name, parameter in objective.named_parameters():
         if parameter.requires_grad and len(owners.get(id(parameter), [])) != 1:
             raise ValueError(
-                f"objective={config.objective.name!r}: the trainable weight {name!r} must belong to one role, it belongs "
-                f"to {owners.get(id(parameter), [])} of {list(roles)}"
+                f"objective={config.objective.name!r}: the trainable weight {name!r} must belong to one role, it "
+                f"belongs to {owners.get(id(parameter), [])} of {list(roles)}"
             )
     trained = {name: TrainedRole(name, role, config) for name, role in roles.items() if role.trains}
     for phase in objective.phases(0):

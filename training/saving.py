@@ -1,0 +1,132 @@
+"""What a checkpoint of a run holds, and how the run goes on from it."""
+
+import logging
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch import Tensor
+
+from genkit.training import checkpoint
+from genkit.training.config import TrainConfig
+from genkit.training.logs import flatten
+from genkit.training.objectives.base import Objective
+from genkit.training.roles import TrainedRole, own_buffers
+
+logger = logging.getLogger("genkit.training")
+
+# Settings that may change between a checkpoint and the run that goes on from it without changing what is computed.
+_OPERATIONAL = {"output_dir", "resume", "report_to", "logging_dir", "tracker_project_name", "logging_steps", "health"}
+_OPERATIONAL |= {"checkpointing_steps", "checkpoints_total_limit", "sampling", "dataloader_num_workers"}
+
+
+class Saving:
+    """Checkpoints of one run: trained weights, averages, optimisers, schedules, step and settings.
+
+    Args:
+        start: the checkpoint that the run goes on from.
+
+    Raises:
+        ValueError: the output folder holds checkpoints and the run was not told to go on from them.
+        CheckpointError: the checkpoint to go on from is not there.
+    """
+
+    def __init__(self, config: TrainConfig, objective: Objective, accelerator: Accelerator):
+        self.config, self.objective, self.accelerator = config, objective, accelerator
+        self.resumed_from: Path | None = None
+        there = checkpoint.found(config.output_dir)
+        if config.resume is not None:
+            self.resumed_from = checkpoint.locate(config.resume, config.output_dir)
+            if self.resumed_from is None:
+                logger.info("resume=latest: no checkpoint in %s yet, starting anew", config.output_dir)
+        elif there:
+            raise ValueError(
+                f"output_dir={str(config.output_dir)!r} holds checkpoints up to step {max(there)}; set resume=latest to "
+                "go on from there, or another output_dir"
+            )
+
+    def _tensors(self, roles: dict[str, TrainedRole]) -> dict[str, dict[str, Tensor]]:
+        files = {name: tensors for role in roles.values() for name, tensors in role.tensors().items()}
+        buffers = own_buffers(self.objective)
+        return files | ({"objective": buffers} if buffers else {})
+
+    def save(self, step: int, roles: dict[str, TrainedRole]) -> None:
+        """Write ``checkpoint-<step>`` and prune older ones; every process must call.
+
+        Raises:
+            CheckpointError: the disk refused; older checkpoints are whole.
+        """
+        failure: list[checkpoint.CheckpointError | None] = [None]
+        if self.accelerator.is_main_process:
+            try:
+                checkpoint.save(self.config.output_dir, self._snapshot(step, roles))
+                checkpoint.prune(self.config.output_dir, self.config.checkpoints_total_limit, self.resumed_from)
+            except checkpoint.CheckpointError as error:
+                failure = [error]
+        if self.accelerator.num_processes > 1:
+            broadcast_object_list(failure)
+        if failure[0] is not None:
+            raise failure[0]
+
+    def _snapshot(self, step: int, roles: dict[str, TrainedRole]) -> checkpoint.Snapshot:
+        scaler = self.accelerator.scaler
+        optimizers = {
+            name: {"optimizer": role.optimizer.state_dict(), "last_epoch": role.lr_scheduler.last_epoch}
+            for name, role in roles.items()
+        }
+        info = {
+            "config": self.config.model_dump(mode="json"),
+            "ema_updates": {name: role.ema.updates for name, role in roles.items() if role.ema is not None},
+            "scaler": None if scaler is None else scaler.state_dict(),
+        }
+        return checkpoint.Snapshot(step, self._tensors(roles), optimizers, info)
+
+    def load(self, roles: dict[str, TrainedRole]) -> int:
+        """Put the roles in the state of the checkpoint to go on from; returns its step, 0 without one.
+
+        Raises:
+            CheckpointError: a file that is truncated, or of another run.
+            ValueError: the output folder holds later checkpoints.
+        """
+        path = self.resumed_from
+        if path is None:
+            return 0
+        wanted = self._tensors(roles)
+        snapshot = checkpoint.load(path, wanted)
+        later = [s for s in checkpoint.found(self.config.output_dir) if s > snapshot.step]
+        if later:
+            raise ValueError(
+                f"resume={self.config.resume!r} is at step {snapshot.step}, but output_dir holds later checkpoints "
+                f"(steps {later}); delete them or set another output_dir"
+            )
+        self._warn_of_changes(snapshot.info.get("config", {}), path)
+        with torch.no_grad():
+            for name, tensors in wanted.items():
+                for key, tensor in tensors.items():
+                    tensor.copy_(snapshot.tensors[name][key])
+        for name, role in roles.items():
+            try:
+                role.optimizer.load_state_dict(snapshot.optimizers[name]["optimizer"])
+            except (KeyError, ValueError) as error:
+                raise checkpoint.CheckpointError(
+                    f"{path / checkpoint.OPTIMIZERS} does not fit role {name!r} with optimizer="
+                    f"{self.config.optimizer.name!r}: {error}"
+                ) from None
+            role.resume_schedule(snapshot.optimizers[name]["last_epoch"])
+            if role.ema is not None:
+                role.ema.updates = snapshot.info["ema_updates"][name]
+        if self.accelerator.scaler is not None and snapshot.info["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(snapshot.info["scaler"])
+        if self.accelerator.is_main_process:
+            logger.info("resumed from %s at step %d", path, snapshot.step)
+        return snapshot.step
+
+    def _warn_of_changes(self, before: dict, path: Path) -> None:
+        old, new = flatten(before), flatten(self.config.model_dump(mode="json"))
+        changed = [k for k in sorted({*old, *new}) if old.get(k) != new.get(k) and k.split(".")[0] not in _OPERATIONAL]
+        if changed and self.accelerator.is_main_process:
+            text = ", ".join(f"{k} ({old.get(k)} -> {new.get(k)})" for k in changed)
+            logger.warning(
+                "settings differ from those of %s, so the run will not go on as it would have: %s", path, text
+            )
