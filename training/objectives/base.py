@@ -74,8 +74,8 @@ class Objective(nn.Module, ABC):
     """A training method.
 
     A subclass names its settings in ``Config``, says what it needs in the class variables, and yields its losses.
-    All random draws come from ``rng``, whose row ``j`` belongs to item ``j`` of the micro-batch, so that a loss does not
-    depend on how a global batch was cut into micro-batches or spread over processes.
+    All random draws come from ``rng``, whose row ``j`` belongs to item ``j`` of the micro-batch, so that a loss does
+    not depend on how a global batch was cut into micro-batches or spread over processes.
 
     Args:
         config: an instance of ``Config``.

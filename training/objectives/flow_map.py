@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -29,9 +29,9 @@ class FlowMapConfig(ObjectiveConfig):
     """Settings of :class:`FlowMapObjective`.
 
     ``loss``: ``lsd``, ``esd``, ``psd_m`` or ``psd_u``. ``diagonal_fraction``: share of items trained by flow matching.
-    ``stopgrad``: ``none``, ``convex`` or ``full``; unset means as published, ``full`` for ``esd`` and ``convex`` for the
-    others. ``jvp``: how ``lsd`` and ``esd`` differentiate (``func``: forward-mode AD; ``finite_difference``: central
-    differences of step ``jvp_step`` in ``t``, half the cost, any kernel). ``guidance_scale``: 1 is none; otherwise
+    ``stopgrad``: ``none``, ``convex`` or ``full``; unset means as published, ``full`` for ``esd`` and ``convex`` for
+    the others. ``jvp``: how ``lsd`` and ``esd`` differentiate (``func``: forward-mode AD; ``finite_difference``:
+    central differences of step ``jvp_step`` in ``t``, cheaper, any kernel). ``guidance_scale``: 1 is none; otherwise
     the guidance the student is taught, from the teacher's two branches or, without teacher, its own.
     ``learned_weight``: divide each loss by its own learned scale; right for large magnitude-preserving networks only:
     on small ones it lets self-consistency drown the data, so training stops when the off-diagonal is weighted more
@@ -131,7 +131,7 @@ class FlowMapObjective(Objective):
     def _diagonal_target(self, x: Tensor, t: Tensor, condition: Condition, target: Tensor, dropped: Tensor) -> Tensor:
         """Velocity that the diagonal regresses to: the data's, guided if asked for.
 
-        Without teacher ``v_c + (1 - 1/w) (u(x,t,t|c) - u(x,t,t|null))``, whose fixed point is ``u_null + w (v - u_null)``;
+        Without teacher ``v_c + (1 - 1/w) (u(x,t,t|c) - u(x,t,t|null))``: its fixed point is ``u_null + w (v - u_null)``;
         items whose condition was dropped keep the plain target, so that the unconditional branch stays unguided.
         """
         w = self.config.guidance_scale

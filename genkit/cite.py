@@ -1,0 +1,77 @@
+"""BibTeX of the papers behind a method: every arXiv id that a method's docstring names is in ``citations.bib``."""
+
+import re
+from importlib import import_module, resources
+from pathlib import Path
+
+from genkit.registry import unknown
+
+# The families whose members can be cited, and the base class of each. Names of objectives and recipes meet here.
+FAMILIES = {
+    "genkit.guidance": "genkit.guidance.base:Guider",
+    "genkit.schedulers": "diffusers:SchedulerMixin",
+    "genkit.networks": "diffusers:ModelMixin",
+    "genkit.training.objectives": "genkit.training.objectives.base:Objective",
+    "genkit.eval.metrics": "genkit.eval.metrics.base:Metric",
+    "genkit.data": "genkit.data.base:Source",
+}
+
+
+def methods() -> dict[str, list[str]]:
+    """``{method: [arXiv ids]}`` for every method of the toolkit, read from its module's and class's docstrings."""
+    from genkit.registry import members
+
+    found: dict[str, list[str]] = {}
+    for package, where in FAMILIES.items():
+        module, _, name = where.partition(":")
+        for method, cls in members(package, getattr(import_module(module), name)).items():
+            text = " ".join(filter(None, (import_module(cls.__module__).__doc__, cls.__doc__)))
+            found.setdefault(method, [])
+            found[method] += [i for i in re.findall(r"\b\d{4}\.\d{5}\b", text) if i not in found[method]]
+    return found
+
+
+def entries() -> dict[str, str]:
+    """``{arXiv id: BibTeX entry}`` of the shipped bibliography."""
+    text = resources.files("genkit").joinpath("citations.bib").read_text(encoding="utf-8")
+    found = (entry.strip() for entry in re.split(r"\n(?=@)", text))
+    return {m.group(1): e for e in found if (m := re.search(r"eprint\s*=\s*\{([^}]+)\}", e))}
+
+
+def methods_of_run(folder: Path) -> list[str]:
+    """The methods that the runs and results below ``folder`` say they used.
+
+    Raises:
+        ValueError: nothing there says so.
+    """
+    import yaml
+
+    used: set[str] = set()
+    for config in folder.rglob("config.yaml"):
+        settings = yaml.safe_load(config.read_text(encoding="utf-8"))
+        used |= {settings[key]["name"] for key in ("objective", "data") if isinstance(settings.get(key), dict)}
+        used |= {n for n in [settings.get("model", {}).get("network")] if n}
+    for results in folder.rglob("results.json"):
+        text = results.read_text(encoding="utf-8")
+        used |= {name for name in methods() if re.search(rf'"{re.escape(name)}"', text)}
+    if not used:
+        raise ValueError(f"{folder}: no config.yaml or results.json of a run below it")
+    return sorted(used & set(methods()))
+
+
+def bibtex(target: str) -> str:
+    """The entries behind ``target``: a method's name, or the folder of a run.
+
+    Raises:
+        ValueError: neither, with the names that are known.
+    """
+    known = methods()
+    if Path(target).is_dir():
+        names = methods_of_run(Path(target))
+    elif target in known:
+        names = [target]
+    else:
+        raise ValueError(unknown("method", target, known))
+    ids = list(dict.fromkeys(i for name in names for i in known[name]))
+    heading = f"% {', '.join(names)}"
+    return "\n\n".join([heading, *(entries()[i] for i in ids)]) + "\n"

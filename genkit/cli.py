@@ -1,0 +1,174 @@
+"""The ``genkit`` command. Each sub-command imports what it needs when it is called, so that ``--help`` is instant."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="genkit",
+    help="Guidance, samplers, few-step distillation and fair evaluation for diffusion and flow models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+evaluation = typer.Typer(help="Measure and compare generated images.", no_args_is_help=True)
+app.add_typer(evaluation, name="eval")
+
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
+
+
+@app.callback()
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False) -> None:
+    if version:
+        import genkit
+
+        typer.echo(genkit.__version__)
+        raise typer.Exit
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder for models, results and the report.")] = Path("outputs/demo"),
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Start over instead of resuming or reusing what is there.")
+    ] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train a digits flow model, distil it to one step, compare both under guidance, and write an HTML report."""
+    from genkit.training.demo import run
+
+    run(output, fresh=fresh, quiet=quiet)
+
+
+@app.command()
+def train(
+    config: Annotated[str, typer.Argument(help="YAML recipe, see configs/.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Settings to change: section.key=value.")] = None,
+    data: Annotated[str | None, typer.Option(help="Replace the recipe's data: 'synthetic' needs none.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Train by a recipe. The same as `accelerate launch -m genkit.training CONFIG key=value ...` on one process."""
+    from genkit.training.__main__ import main
+
+    extra = (["--data", data] if data else []) + (["--quiet"] if quiet else [])
+    raise typer.Exit(main([config, *(overrides or []), *extra]))
+
+
+@app.command()
+def sample(
+    pipeline: Annotated[Path, typer.Argument(help="Folder of a class-conditional pipeline.")],
+    output: Annotated[Path, typer.Option(help="Folder for the PNG files, a grid and metadata.jsonl.")],
+    labels: Annotated[
+        str, typer.Option(help="Class labels, by number or name, separated by commas.")
+    ] = "0,1,2,3,4,5,6,7,8,9",
+    num_inference_steps: Annotated[int, typer.Option("--steps", help="Network evaluations.")] = 32,
+    num_images_per_label: Annotated[int, typer.Option("--per-label", help="Images a label.")] = 1,
+    guider: Annotated[
+        str | None, typer.Option(help="Guider by name, with settings: apg:guidance_scale=4,eta=0.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Image i depends on (seed, i) alone.")] = 0,
+    batch_size: Annotated[int, typer.Option(help="Images at a time; does not change them.")] = 64,
+    device: Annotated[str | None, typer.Option(help="Where to compute; the best there is by default.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Generate images with a saved pipeline."""
+    from genkit.pipelines.commands import sample_to_folder
+
+    folder = sample_to_folder(
+        pipeline,
+        output,
+        labels=labels.split(","),
+        num_inference_steps=num_inference_steps,
+        num_images_per_label=num_images_per_label,
+        guider=guider,
+        seed=seed,
+        batch_size=batch_size,
+        device=device,
+        quiet=quiet,
+    )
+    typer.echo(folder)
+
+
+@evaluation.command("run")
+def evaluate(
+    reference: Annotated[str, typer.Argument(help="Real images: a folder, .npz, saved statistics, or 'digits'.")],
+    generated: Annotated[str, typer.Argument(help="Generated images, likewise.")],
+    metrics: Annotated[
+        str | None, typer.Option(help="Names separated by commas; all that are possible by default.")
+    ] = None,
+    extractor: Annotated[str, typer.Option(help="Feature extractor.")] = "digits",
+    n: Annotated[int | None, typer.Option(help="Use only this many images of each side.")] = None,
+    nfe: Annotated[float | None, typer.Option(help="Network calls spent on each image, for the record.")] = None,
+    seed: int = 0,
+    batch_size: int = 256,
+    device: str = "cpu",
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write the result here.")] = None,
+    html_path: Annotated[Path | None, typer.Option("--html", help="Write a report here.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Evaluate a set of generated images against real ones."""
+    from genkit.eval.run import main
+
+    main(
+        reference,
+        generated,
+        metrics=None if metrics is None else metrics.split(","),
+        extractor=extractor,
+        n=n,
+        nfe=nfe,
+        seed=seed,
+        batch_size=batch_size,
+        device=device,
+        json_path=json_path,
+        html_path=html_path,
+        quiet=quiet,
+    )
+
+
+@app.command()
+def doctor() -> None:
+    """Print versions, devices, attention backends, and what is missing with the command that installs it."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from genkit import doctor as checks
+
+    console = Console()
+    problem = checks.torchvision_problem()
+
+    def show(title: str, columns: tuple[str, ...], rows) -> None:
+        table = Table(*columns, title=title, title_justify="left")
+        for row in rows:
+            table.add_row(*map(str, row))
+        console.print(table)
+
+    show("Packages", ("package", "version", ""), [(p, v or "missing", remark) for p, v, remark in checks.versions()])
+    show("Devices", ("device", ""), checks.devices())
+    backends = [(name, "yes" if works else "no", remark) for name, works, remark in checks.attention_backends()]
+    show("Attention", ("backend", "works", ""), backends)
+    if problem:
+        console.print(problem, style="red")
+        raise typer.Exit(1)
+
+
+@app.command()
+def cite(target: Annotated[str, typer.Argument(help="A method (apg, flow_map ...) or the folder of a run.")]) -> None:
+    """Print the BibTeX of a method, or of everything that a run used."""
+    from genkit.cite import bibtex
+
+    typer.echo(bibtex(target), nl=False)
+
+
+def main() -> None:
+    """Run the command; what a user can mend is one message, without a trace."""
+    try:
+        app(standalone_mode=True)
+    except (ValueError, FileNotFoundError, FileExistsError) as error:
+        typer.secho(f"error: {error}", err=True, fg="red")
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

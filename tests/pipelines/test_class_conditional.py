@@ -1,0 +1,214 @@
+"""The class-conditional pipeline as a Diffusers user calls it."""
+
+import json
+import subprocess
+import sys
+
+import diffusers
+import numpy
+import pytest
+import torch
+
+from genkit.guidance.base import Guider
+from genkit.networks.dit import DiT
+from genkit.pipelines import ClassConditionalPipeline
+from genkit.pipelines.commands import parse_guider, sample_to_folder
+from genkit.registry import members
+from genkit.rng import ItemRNG
+from genkit.schedulers import FlowMapScheduler
+
+SMALL = dict(hidden_size=16, num_layers=1, num_heads=2, patch_size=4)
+
+
+def network(**kwargs):
+    torch.manual_seed(0)
+    net = DiT(**SMALL, **kwargs)
+    for p in net.parameters():  # zero-initialised layers would hide what depends on what
+        torch.nn.init.normal_(p, std=0.2)
+    return net.eval()
+
+
+def make(scheduler=None, **kwargs):
+    pipe = ClassConditionalPipeline(network(), scheduler or diffusers.FlowMatchEulerDiscreteScheduler(), **kwargs)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def noise(n):
+    return ItemRNG(0, range(n)).normal((1, 8, 8))
+
+
+def test_equals_plain_euler_on_equal_steps():
+    pipe, x, y = make(), noise(3), torch.tensor([1, 5, 9])
+    got = pipe(y, 4, latents=x, output_type="latent").images
+    with torch.no_grad():
+        for k in range(4):
+            x = x - pipe.transformer(x, torch.full((3,), 1 - k / 4), None, y) / 4
+    torch.testing.assert_close(got, x, rtol=1e-5, atol=1e-5)
+
+
+def test_a_flow_map_student_jumps():
+    pipe, x, y = make(FlowMapScheduler()), noise(2), torch.tensor([1, 5])
+    got = pipe(y, 2, latents=x, output_type="latent").images
+    with torch.no_grad():
+        for t, s in ((1.0, 0.5), (0.5, 0.0)):
+            x = x + (s - t) * pipe.transformer(x, torch.full((2,), t), torch.full((2,), s), y)
+    torch.testing.assert_close(got, x, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("scheduler", ["DDIMScheduler", "EulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"])
+def test_other_schedulers(scheduler):
+    pipe = make(getattr(diffusers, scheduler)())
+    assert torch.isfinite(pipe([0, 1], 4, latents=noise(2), output_type="latent").images).all()
+
+
+def test_output_types():
+    pipe = make()
+    pil = pipe([0], 1, latents=noise(1)).images
+    array = pipe([0], 1, latents=noise(1), output_type="np").images
+    tensor = pipe([0], 1, latents=noise(1), output_type="pt", return_dict=False)[0]
+    assert pil[0].size == (8, 8) and array.shape == (1, 8, 8, 1) and tensor.shape == (1, 1, 8, 8)
+    assert 0 <= tensor.min() and tensor.max() <= 1
+    assert numpy.abs(numpy.asarray(pil[0]) / 255 - array[0, ..., 0]).max() < 0.6 / 255
+
+
+def test_images_do_not_depend_on_their_batch():
+    for scheduler in (diffusers.DDPMScheduler(), FlowMapScheduler(stochastic=True)):
+        pipe = make(scheduler)
+        whole = pipe([3, 4, 5], 3, generator=ItemRNG(0, range(3)).generators(), output_type="latent").images
+        alone = pipe([4], 3, generator=ItemRNG(0, [1]).generators(), output_type="latent").images
+        torch.testing.assert_close(alone, whole[1:2], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", members("genkit.guidance", Guider))
+def test_guiders_by_call_and_as_component(name, tmp_path):
+    guider = members("genkit.guidance", Guider)[name]()
+    pipe, x = make(), noise(2)
+    by_call = pipe([1, 2], 3, latents=x, guider=guider, output_type="latent").images
+    plain = pipe([1, 2], 3, latents=x, output_type="latent").images
+    assert (by_call - plain).abs().max() > 1e-3
+    make(guider=guider).save_pretrained(tmp_path)
+    again = ClassConditionalPipeline.from_pretrained(tmp_path)
+    again.set_progress_bar_config(disable=True)
+    assert type(again.guider) is type(guider)
+    torch.testing.assert_close(again([1, 2], 3, latents=x, output_type="latent").images, by_call, rtol=1e-5, atol=1e-5)
+
+
+def test_saved_folder_loads_in_a_fresh_process(tmp_path):
+    pipe = make(FlowMapScheduler(), id2label={str(i): f"digit {i}" for i in range(10)})
+    pipe.save_pretrained(tmp_path)
+    expected = pipe([7], 2, latents=noise(1), output_type="latent").images.flatten().tolist()
+    code = (
+        "import sys, json, genkit\n"
+        "from genkit.pipelines import ClassConditionalPipeline\n"
+        "from genkit.rng import ItemRNG\n"
+        f"pipe = ClassConditionalPipeline.from_pretrained({str(tmp_path)!r})\n"
+        "pipe.set_progress_bar_config(disable=True)\n"
+        "x = pipe(pipe.get_label_ids(['digit 7']), 2, latents=ItemRNG(0, [0]).normal((1, 8, 8)), output_type='latent')\n"
+        "print(json.dumps(x.images.flatten().tolist()))\n"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert json.loads(out.splitlines()[-1]) == pytest.approx(expected, abs=1e-5)
+
+
+def test_callback_sees_and_replaces_latents_and_may_interrupt():
+    pipe, seen = make(), []
+
+    def callback(p, i, timestep, kwargs):
+        seen.append((i, float(timestep)))
+        if i == 1:
+            p._interrupt = True
+        return {"latents": torch.zeros_like(kwargs["latents"])}
+
+    got = pipe([1], 4, latents=noise(1), callback_on_step_end=callback, output_type="latent").images
+    assert seen == [(0, 1000.0), (1, 750.0)] and not got.any()
+
+
+@pytest.mark.parametrize(
+    "kwargs,message",
+    [
+        (dict(class_labels=[10]), r"class_labels=\[10\]: accepted are 0 to 9"),
+        (dict(class_labels=[-1]), "accepted are 0 to 9"),
+        (dict(class_labels=[]), "at least one image"),
+        (dict(class_labels=None), "the network is conditional"),
+        (dict(class_labels=[1], num_inference_steps=0), "num_inference_steps=0"),
+        (dict(class_labels=[1], output_type="jpg"), "output_type='jpg'"),
+        (dict(class_labels=[1], latents=torch.zeros(1, 1, 4, 4)), r"latents has shape \(1, 1, 4, 4\)"),
+        (dict(class_labels=[1], generator=ItemRNG(0, [1, 2]).generators()), "2 entries for 1 images"),
+        (dict(class_labels=[1], callback_on_step_end_tensor_inputs=("x",)), "accepted are"),
+    ],
+)
+def test_bad_input(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        make()(**kwargs)
+
+
+def test_guidance_needs_an_unconditional_branch():
+    pipe = ClassConditionalPipeline(network(num_classes=0), diffusers.FlowMatchEulerDiscreteScheduler())
+    assert pipe(batch_size=2, num_inference_steps=1, output_type="latent").images.shape == (2, 1, 8, 8)
+    with pytest.raises(ValueError, match="no class|unconditional"):
+        pipe(batch_size=2, num_inference_steps=1, guider=members("genkit.guidance", Guider)["cfg"](guidance_scale=2.0))
+    with pytest.raises(ValueError, match="unconditional"):
+        pipe([1], 1)
+
+
+def test_get_label_ids_names_what_it_knows():
+    with pytest.raises(ValueError, match="digit 11"):
+        make(id2label={"0": "digit 0"}).get_label_ids(["digit 11"])
+
+
+# -- genkit sample --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("pipe")
+    make(FlowMapScheduler(), id2label={"3": "three"}).save_pretrained(path)
+    return path
+
+
+def images(output):
+    return {p.relative_to(output).as_posix(): p.read_bytes() for p in sorted(output.glob("*/*.png"))}
+
+
+def test_sample_is_the_same_whatever_the_batch_size_and_resumes(folder, tmp_path):
+    kwargs = dict(labels=["1", "three"], num_inference_steps=2, num_images_per_label=3, quiet=True)
+    one = images(sample_to_folder(folder, tmp_path / "a", batch_size=1, **kwargs))
+    six = images(sample_to_folder(folder, tmp_path / "b", batch_size=6, **kwargs))
+    assert list(one) == list(six) == [f"{c}/{i:06d}.png" for c, rows in ((1, range(3)), (3, range(3, 6))) for i in rows]
+    pixels = [numpy.frombuffer(a, dtype=numpy.uint8) for a in one.values()]
+    assert len({p.tobytes() for p in pixels}) == 6
+    assert one == six
+    (tmp_path / "a" / "3" / "000004.png").unlink()
+    before = (tmp_path / "a" / "1" / "000000.png").stat().st_mtime_ns
+    assert images(sample_to_folder(folder, tmp_path / "a", **kwargs)) == one
+    assert (tmp_path / "a" / "1" / "000000.png").stat().st_mtime_ns == before
+    rows = [json.loads(line) for line in (tmp_path / "a" / "metadata.jsonl").read_text().splitlines()]
+    assert rows[4] == {"file_name": "3/000004.png", "label": 3, "item": 4}
+    with pytest.raises(ValueError, match="holds images made with {'seed': 0}"):
+        sample_to_folder(folder, tmp_path / "a", seed=1, **kwargs)
+
+
+def test_sample_refuses_before_it_writes(folder, tmp_path):
+    for kwargs, error, message in (
+        (dict(labels=["12"]), ValueError, "accepted are 0 to 9"),
+        (dict(labels=["four"]), ValueError, "labels="),
+        (dict(labels=["1"], batch_size=0), ValueError, "batch_size=0"),
+        (dict(labels=["1"], guider="apgg"), ValueError, "did you mean 'apg'"),
+    ):
+        with pytest.raises(error, match=message):
+            sample_to_folder(folder, tmp_path / "out", **kwargs)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(FileNotFoundError, match="no model_index.json"):
+        sample_to_folder(tmp_path / "nothing", tmp_path / "out", labels=["1"])
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("x")
+    with pytest.raises(ValueError, match="not empty"):
+        sample_to_folder(folder, tmp_path / "mine", labels=["1"])
+
+
+def test_parse_guider():
+    guider = parse_guider("apg:guidance_scale=4,eta=0.5")
+    assert guider.config.guidance_scale == 4 and guider.config.eta == 0.5
+    with pytest.raises(ValueError, match="did you mean 'guidance_scale'"):
+        parse_guider("cfg:guidance_scal=4")
