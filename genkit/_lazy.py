@@ -27,10 +27,15 @@ class _LazyModule(ModuleType):
                 before = set(self.__dict__)
                 try:
                     self.__spec__.loader.exec_module(self)
-                except BaseException:
+                except BaseException as error:
                     # Leave it as it was, so that the next access reports the same error, not a half-made module.
                     for key in set(self.__dict__) - before:
                         del self.__dict__[key]
+                    from genkit._hints import hint
+
+                    advice = hint(error)
+                    if advice and advice not in str(error):  # not twice, on the way out of nested imports
+                        raise ImportError(advice) from error
                     raise
                 else:
                     self.__class__ = ModuleType
