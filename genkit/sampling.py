@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from genkit.denoisers.base import Condition, Denoiser, FlowMap, Prediction
 from genkit.guidance.base import Guided, Guider, Point
-from genkit.interpolants import from_scheduler, scheduler_prediction_type
+from genkit.interpolants import Linear, from_scheduler, scheduler_prediction_type
 
 # Where Diffusers' multistep and multistage schedulers keep what they remember of earlier steps, per sample.
 _HISTORY = (
@@ -173,6 +173,24 @@ def trajectory(
             state.log_weights,
         )
         yield state
+
+
+def set_timesteps(scheduler, num_inference_steps: int, device: torch.device | str | None = None) -> None:
+    """``scheduler.set_timesteps``, on the linear path at times ``1 - k/N`` that the scheduler then shifts.
+
+    Flow-matching schedulers left alone spend their last step on the stretch from ``t = 0.001`` to 0.
+
+    Raises:
+        ValueError: fewer steps than one.
+    """
+    if num_inference_steps < 1:
+        raise ValueError(f"num_inference_steps={num_inference_steps}: must be at least 1")
+    takes_sigmas = "sigmas" in inspect.signature(scheduler.set_timesteps).parameters
+    if takes_sigmas and isinstance(from_scheduler(scheduler), Linear):
+        sigmas = [1 - k / num_inference_steps for k in range(num_inference_steps)]
+        scheduler.set_timesteps(sigmas=sigmas, device=device)
+    else:
+        scheduler.set_timesteps(num_inference_steps, device=device)
 
 
 def sample(denoiser: Denoiser, scheduler, x: Tensor, condition: Condition | None = None, **kwargs) -> Tensor:

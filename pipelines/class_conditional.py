@@ -1,19 +1,26 @@
 """Class-conditional and unconditional images, in pixels or latents, from many steps or from a flow map's few."""
 
 from collections.abc import Callable
-from dataclasses import replace
-from inspect import signature
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from genkit.denoisers import from_pipeline
-from genkit.interpolants import Linear
-from genkit.sampling import State, trajectory
+from genkit.sampling import State, set_timesteps, trajectory
+
+
+@dataclass
+class ClassConditionalPipelineOutput(BaseOutput):
+    """``images`` in the form asked for, and ``network_calls``, the evaluations that each of them took."""
+
+    images: Any
+    network_calls: int
 
 
 class ClassConditionalPipeline(DiffusionPipeline):
@@ -67,7 +74,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
         callback_on_step_end_tensor_inputs: tuple[str, ...] = ("latents",),
-    ) -> ImagePipelineOutput | tuple:
+    ) -> ClassConditionalPipelineOutput | tuple:
         """Generate one image a label.
 
         Args:
@@ -114,15 +121,10 @@ class ClassConditionalPipeline(DiffusionPipeline):
         elif latents.shape != shape:
             raise ValueError(f"latents has shape {tuple(latents.shape)}, expected {shape}")
         schedule = {k: v for k, v in {"sigmas": sigmas, "timesteps": timesteps}.items() if v is not None}
-        if not schedule:
-            schedule = {"num_inference_steps": num_inference_steps}
-            if (
-                isinstance(denoiser.interpolant, Linear)
-                and "sigmas" in signature(self.scheduler.set_timesteps).parameters
-            ):
-                # Flow-matching schedulers left alone spend their last step on the stretch from t = 0.001 to 0.
-                schedule = {"sigmas": [1 - k / num_inference_steps for k in range(num_inference_steps)]}
-        self.scheduler.set_timesteps(**schedule, device=device)
+        if schedule:
+            self.scheduler.set_timesteps(**schedule, device=device)
+        else:
+            set_timesteps(self.scheduler, num_inference_steps, device)
         x = latents.to(device, dtype) * getattr(self.scheduler, "init_noise_sigma", 1.0)
         self._interrupt = False
 
@@ -150,7 +152,9 @@ class ClassConditionalPipeline(DiffusionPipeline):
                     break
         self.maybe_free_model_hooks()
         images = self._decode(x, output_type)
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+        if not return_dict:
+            return (images, denoiser.calls)
+        return ClassConditionalPipelineOutput(images=images, network_calls=denoiser.calls)
 
     def _decode(self, x: Tensor, output_type: str):
         if output_type == "latent":

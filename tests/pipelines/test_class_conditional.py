@@ -104,7 +104,8 @@ def test_saved_folder_loads_in_a_fresh_process(tmp_path):
         "from genkit.rng import ItemRNG\n"
         f"pipe = ClassConditionalPipeline.from_pretrained({str(tmp_path)!r})\n"
         "pipe.set_progress_bar_config(disable=True)\n"
-        "x = pipe(pipe.get_label_ids(['digit 7']), 2, latents=ItemRNG(0, [0]).normal((1, 8, 8)), output_type='latent')\n"
+        "labels, noise = pipe.get_label_ids(['digit 7']), ItemRNG(0, [0]).normal((1, 8, 8))\n"
+        "x = pipe(labels, 2, latents=noise, output_type='latent')\n"
         "print(json.dumps(x.images.flatten().tolist()))\n"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

@@ -131,7 +131,7 @@ class FlowMapObjective(Objective):
     def _diagonal_target(self, x: Tensor, t: Tensor, condition: Condition, target: Tensor, dropped: Tensor) -> Tensor:
         """Velocity that the diagonal regresses to: the data's, guided if asked for.
 
-        Without teacher ``v_c + (1 - 1/w) (u(x,t,t|c) - u(x,t,t|null))``: its fixed point is ``u_null + w (v - u_null)``;
+        Without teacher ``v_c + (1 - 1/w) (u(x,t,t|c) - u(x,t,t|null))``: the fixed point is ``u_null + w (v - u_null)``;
         items whose condition was dropped keep the plain target, so that the unconditional branch stays unguided.
         """
         w = self.config.guidance_scale
