@@ -1,4 +1,8 @@
-"""Every use that the toolkit makes of names which Diffusers does not promise to keep. Tried on 0.42.1."""
+"""Every use that the toolkit makes of names which Diffusers does not promise to keep. Tried on 0.42.1.
+
+Beside these, guiders keep the contract that ``BaseGuidance`` has with its subclasses (``_input_predictions``) and with
+modular pipelines (``_enabled``, which they read).
+"""
 
 import logging
 from collections.abc import Iterator

@@ -129,11 +129,15 @@ class APG(Guider):
 
     def _push(self, parts) -> tuple[Tensor, Tensor]:
         """The conditional prediction and its difference from the unconditional one, in the space of the rule."""
-        cond, uncond = (
-            parts[name].raw if self.formulation == "diffusers" else parts[name].sample for name in ("cond", "uncond")
-        )
-        wide = torch.promote_types(cond.dtype, torch.float32)
-        return cond.to(wide), cond.to(wide) - uncond.to(wide)
+        cond, uncond = parts["cond"], parts["uncond"]
+        wide = torch.promote_types(cond.raw.dtype, torch.float32)
+        difference = cond.raw.to(wide) - uncond.raw.to(wide)
+        if self.formulation == "diffusers":
+            return cond.raw.to(wide), difference
+        # Conversions are linear, so that of the difference needs no x: near the data x would swamp it.
+        nowhere = torch.zeros_like(difference)
+        push = cond.interpolant.convert(difference, cond.prediction_type, "sample", nowhere, cond.t)
+        return cond.sample.to(wide), push
 
     def _advance(self, push: Tensor, t: Tensor, state: Momentum | None) -> Momentum:
         if state is None:

@@ -41,7 +41,8 @@ class Guider(ModularProtocol):
         start, stop: the window, as positions ``1 - t`` on the noise axis: 0 is pure noise, 1 is clean. Outside it the
             conditional prediction is followed, at the cost of one call. ``stop=1`` is on to the end, however many
             stages a solver has.
-        enabled: ``False`` always follows the conditional prediction.
+        enabled: ``False`` always follows the conditional prediction. (``disable()`` is the pipeline's switch, not the
+            user's: SDXL's modular pipeline calls ``enable()`` at every run.)
         scheduler_config: what :func:`genkit.attach` stores for modular pipelines; not for users.
 
     Raises:

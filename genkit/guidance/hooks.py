@@ -42,9 +42,12 @@ def guided(pipe, guider: Guider) -> Iterator[Run]:
         :class:`Run`, whose ``guided`` and ``state`` are those of the last evaluation (for ``callback_on_step_end``).
 
     Raises:
-        ValueError: a pipeline that is not supported, a scheduler that does not fit the network, a network compiled in
-            place; later, from within the call: no guidance in the pipeline, or a guider that moves the sample.
+        ValueError: not a genkit guider; a pipeline that is not supported, a scheduler that does not fit the network, a
+            network compiled in place; later, from within the call: no guidance in the pipeline, or a guider that moves
+            the sample.
     """
+    if not isinstance(guider, Guider):
+        raise ValueError(f"guider={type(guider).__name__}: accepted is a genkit guider, see genkit.guidance")
     hook = _Sequential(pipe, guider) if _family(pipe) == _SEQUENTIAL else _Doubled(pipe, guider)
     handle = hook.network.register_forward_hook(hook, with_kwargs=True)
     try:

@@ -36,6 +36,7 @@ class ModularProtocol(BaseGuidance):
         self._run = Run(self)
         self._calls: list[Call] = []
         self._handle: RemovableHandle | None = None
+        self._last_step = self._prepared = 0
 
     def bind(self, scheduler):
         """A copy that knows the path of ``scheduler``'s samples (its class and config, saved with the guider)."""
@@ -58,9 +59,7 @@ class ModularProtocol(BaseGuidance):
             self._run.reset()
         self._last_step, self._now = step, torch.as_tensor(timestep).flatten()[0].cpu()
         self._release()
-        self._calls = []
-
-    _last_step = 0
+        self._calls, self._prepared = [], 0
 
     def prepare_inputs(self, data) -> list:
         return [prepare_batch(data, slot, name) for slot, name in self._branches()]
@@ -75,15 +74,16 @@ class ModularProtocol(BaseGuidance):
 
     @property
     def is_conditional(self) -> bool:
-        return self._count_prepared == 1
+        return self._prepared == 1
 
     def prepare_models(self, denoiser: nn.Module) -> None:
         super().prepare_models(denoiser)
         self._release()
         self._network = denoiser
+        self._prepared += 1
 
         def keep(_module, args, kwargs):
-            del self._calls[self._count_prepared - 1 :]
+            del self._calls[self._prepared - 1 :]  # one call a branch; a second one replaces it
             self._calls.append(Call(args, kwargs))
 
         self._handle = denoiser.register_forward_pre_hook(keep, with_kwargs=True)

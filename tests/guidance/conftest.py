@@ -37,7 +37,8 @@ def run_pipeline():
         if hasattr(pipe, "update_components"):
             return pipe(**arguments | changes, output="images" if name == "sd3" else "latents")
         arguments |= dict(true_cfg_scale=2.0) if name == "flux" else dict(guidance_scale=2.0)
-        output = pipe(**arguments | changes).images
+        arguments = {k: v for k, v in (arguments | changes).items() if v is not None}
+        output = pipe(**arguments).images
         return output if isinstance(output, torch.Tensor) else torch.from_numpy(output)
 
     return run

@@ -183,7 +183,7 @@ def test_cfg_rescale_matches_diffusers():
     parts = {"cond": Prediction(cond, *where), "uncond": Prediction(uncond, *where)}
     guided, _ = CFG(guidance_scale=6.0, guidance_rescale=0.7).combine(parts, None)
     expected = rescale_noise_cfg(uncond + 6 * (cond - uncond), cond, 0.7)
-    torch.testing.assert_close(guided.prediction.raw, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(guided.raw, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(

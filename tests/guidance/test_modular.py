@@ -7,8 +7,12 @@ import textwrap
 import diffusers
 import pytest
 import torch
+from diffusers.modular_pipelines import BlockState
 
-from genkit.guidance import APG, CFG, attach, detach, guided
+from genkit import interpolants
+from genkit.denoisers.base import Condition
+from genkit.denoisers.function import FunctionDenoiser
+from genkit.guidance import APG, CFG, Point, attach, detach, guided
 
 BOTH = pytest.mark.parametrize("name", ["sd3", "sdxl"])
 NATIVE = {"sd3": 7.0, "sdxl": 7.5}
@@ -55,8 +59,9 @@ def test_guidance_stays_on_under_second_order_solvers(name, scheduler, modular_p
     assert relative(run_pipeline(pipe, name), run_pipeline(classic, name, guidance_scale=5.0)) < 1e-5
     guider = APG(guidance_scale=5.0, norm_threshold=2.0)
     attach(pipe, guider)
+    latents = run_pipeline(pipe, name)
     with guided(classic, guider):
-        assert relative(run_pipeline(pipe, name), run_pipeline(classic, name)) < 1e-5
+        assert relative(latents, run_pipeline(classic, name)) < 1e-5
 
 
 @BOTH
@@ -82,6 +87,57 @@ def test_window_equals_the_stock_one_on_the_same_steps(modular_pipeline, run_pip
     assert (1 - (pipe.scheduler.timesteps + 1) / 1000 <= 0.6).tolist() == [True, True, False, False]
     attach(pipe, CFG(guidance_scale=5.0, stop=0.6))
     assert torch.equal(run_pipeline(pipe, "sdxl", num_inference_steps=4), stock)
+
+
+def test_switched_off_by_hand_does_not_crash(modular_pipeline, run_pipeline):
+    _, pipe = modular_pipeline("sdxl")
+    attach(pipe, CFG()).disable()
+    assert run_pipeline(pipe, "sdxl").isfinite().all()
+
+
+class Additive(torch.nn.Module):
+    """A network of the kind that pipelines call with everything by name."""
+
+    def forward(self, hidden_states, timestep, encoder_hidden_states):
+        return (torch.tanh(hidden_states + encoder_hidden_states + timestep[:, None] / 1000),)
+
+
+@pytest.mark.parametrize("second_form", [False, True])
+@pytest.mark.parametrize("guider", [CFG(guidance_scale=3.0), APG(), CFG(stop=0.3)])
+def test_both_forms_of_preparing_inputs(guider, second_form):
+    guider = guider.bind(diffusers.FlowMatchEulerDiscreteScheduler())
+    network, x = Additive(), torch.randn(2, 8)
+    cond, uncond = torch.randn(2, 2, 8)
+    state = None
+    for step, t in enumerate((900.0, 500.0)):
+        t = torch.tensor(t)
+        guider.set_state(step=step, num_inference_steps=2, timestep=t)
+        if second_form:
+            block_state = BlockState(x=x, pos=cond, neg=uncond)
+            batches = guider.prepare_inputs_from_block_state(
+                block_state, {"hidden_states": "x", "encoder_hidden_states": ("pos", "neg")}
+            )
+        else:
+            batches = guider.prepare_inputs({"hidden_states": x, "encoder_hidden_states": (cond, uncond)})
+        assert len(batches) == (2 if guider.active(t / 1000) else 1)
+        for i, batch in enumerate(batches):
+            guider.prepare_models(network)
+            assert guider.is_conditional == (i == 0)
+            batch.noise_pred = network(
+                hidden_states=batch.hidden_states,
+                timestep=t.expand(2),
+                encoder_hidden_states=batch.encoder_hidden_states,
+            )[0]
+            guider.cleanup_models(network)
+        pred = guider(batches).pred
+        denoiser = FunctionDenoiser(
+            lambda z, time, c, t=t: network(z, t.expand(len(z)), c)[0], interpolants.Linear(), "flow_prediction"
+        )
+        point = Point(denoiser, x, t.double() / 1000, None, t, Condition({"c": cond}, {"c": uncond}))
+        expected, state = guider.guide(point, state)
+        torch.testing.assert_close(pred, expected.prediction.raw)
+        x = x - 0.4 * pred
+    assert not network._forward_pre_hooks
 
 
 @BOTH
