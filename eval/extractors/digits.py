@@ -14,7 +14,7 @@ WEIGHTS = Path(__file__).parents[1] / "assets" / "digits_classifier.safetensors"
 
 
 class DigitsExtractor(Extractor):
-    """64 penultimate activations and 10 class logits of ``DigitsClassifier``; images must be 1x8x8."""
+    """128 features and 10 class logits of ``DigitsClassifier``; images must be 1x8x8."""
 
     def __init__(self) -> None:
         record = json.loads(WEIGHTS.with_suffix(".json").read_text(encoding="utf-8"))
@@ -22,7 +22,7 @@ class DigitsExtractor(Extractor):
             self.network = DigitsClassifier.from_config(record["config"]).eval()
         self.network.load_state_dict(load_file(WEIGHTS), assign=True)
         self.training = record["training"]
-        self.dim, self.num_classes = self.network.config.feature_dim, self.network.config.num_classes
+        self.dim, self.num_classes = self.network.feature_dim, self.network.config.num_classes
         self.id = f"digits/no-resize/{file_hash(WEIGHTS)}"
 
     def to(self, device: torch.device | str) -> "DigitsExtractor":

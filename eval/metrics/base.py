@@ -31,6 +31,16 @@ class FeatureSet:
         """The names of what is known."""
         return {name for name, value in vars(self).items() if value is not None}
 
+    def subset(self, indices: Tensor) -> "FeatureSet":
+        """The same of some images only. Raises ``ValueError`` where the features themselves were not kept."""
+        if self.features is None:
+            raise ValueError("a subset needs the features; measure(..., keep=True) keeps them")
+        features = self.features[indices]
+        stats = FeatureStats(features.shape[1]).update(features)
+        stats.meta = dict(self.stats.meta)
+        logits, labels = (None if rows is None else rows[indices] for rows in (self.logits, self.labels))
+        return FeatureSet(stats, features, logits, labels)
+
 
 class Metric(ABC):
     """A named measurement; constructor arguments are its settings, kept as attributes and recorded in results.

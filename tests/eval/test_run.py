@@ -60,7 +60,7 @@ def test_blurry_samples_are_far_away(real, halves, result):
     means = torch.stack([x[y == c].float().mean(0) for c in range(10)]).round().to(torch.uint8)
     blurry = evaluate(halves[0], (means[halves[1][1]], halves[1][1]), quiet=True).values
     assert blurry["frechet_distance"] > 10 * result.values["frechet_distance"]
-    assert blurry["recall"] < 0.05 and blurry["coverage"] < 0.1
+    assert blurry["recall"] < 0.05 and blurry["coverage"] < 0.2
 
 
 def test_a_measured_reference_gives_the_same(halves, result, tmp_path):
@@ -81,9 +81,9 @@ def test_statistics_of_another_extractor_are_refused(halves, tmp_path):
     with pytest.raises(ValueError, match="made with extractor 'digits/no-resize/older'"):
         evaluate(tmp_path / "ref.npz", halves[1])
     np.savez(tmp_path / "inception.npz", mu=np.zeros(2048), sigma=np.eye(2048))
-    with pytest.raises(ValueError, match="2048 dimensions, extractor .* 64"):
+    with pytest.raises(ValueError, match="2048 dimensions, extractor .* 128"):
         evaluate(tmp_path / "inception.npz", halves[1])
-    np.savez(tmp_path / "foreign.npz", mu=np.zeros(64), sigma=np.eye(64))
+    np.savez(tmp_path / "foreign.npz", mu=np.zeros(128), sigma=np.eye(128))
     result = evaluate(tmp_path / "foreign.npz", halves[1], metrics=["frechet"], quiet=True)
     assert result.protocol.n_real is None and len(result.notes) == 3
 
@@ -155,12 +155,12 @@ def test_unequal_counts_are_noted_and_never_compared(real, halves, result):
 @pytest.mark.filterwarnings("ignore:.*rank deficient")
 def test_few_images_are_noted(real):
     result = evaluate(real[0][:40], real[0][40:80], metrics=["frechet"], quiet=True)
-    assert any("fewer images (40) than feature dimensions (64)" in note for note in result.notes)
+    assert any("fewer images (40) than feature dimensions (128)" in note for note in result.notes)
 
 
 def test_the_global_random_state_is_left_alone(halves):
     states = torch.get_rng_state(), np.random.get_state()[1].copy()
-    evaluate(*halves, n=100, quiet=True)
+    evaluate(*halves, n=200, quiet=True)
     assert torch.equal(torch.get_rng_state(), states[0]) and (np.random.get_state()[1] == states[1]).all()
 
 

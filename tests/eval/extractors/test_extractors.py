@@ -28,7 +28,7 @@ def test_found_by_name_while_only_registered(monkeypatch):
     monkeypatch.delitem(sys.modules, "genkit.eval.extractors.digits")
     _lazy.register_tree("genkit.eval.extractors.digits")
     members.cache_clear()
-    assert get_extractor("digits").dim == 64
+    assert get_extractor("digits").dim == 128
     members.cache_clear()
 
 
@@ -58,9 +58,9 @@ def test_features_have_not_collapsed_to_a_point_a_class(digits, real):
     with torch.no_grad():
         features = digits(images).features.double()
     within = sum(torch.cov(features[labels == c].T).trace() for c in range(10)) / 10
-    assert within / torch.cov(features.T).trace() > 0.1
+    assert within / torch.cov(features.T).trace() > 0.3
     spectrum = torch.linalg.eigvalsh(torch.cov(features.T))
-    assert spectrum.sum() ** 2 / spectrum.square().sum() > 6  # participation ratio: directions that carry variance
+    assert spectrum.sum() ** 2 / spectrum.square().sum() > 10  # participation ratio: directions that carry variance
 
 
 def test_quick(digits, real):
