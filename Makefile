@@ -44,7 +44,7 @@ lint: $(STAMP)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@rm -rf .typing && mkdir -p .typing/genkit
-	@ln -s $(CURDIR)/genkit/* $(CURDIR)/pipelines $(CURDIR)/training $(CURDIR)/eval .typing/genkit/
+	@ln -s $(CURDIR)/genkit/* $(CURDIR)/pipelines $(CURDIR)/training $(CURDIR)/eval $(CURDIR)/configs .typing/genkit/
 	@cd .typing && "$(abspath $(BIN))/mypy" --config-file ../pyproject.toml --cache-dir ../.mypy_cache -p genkit
 
 # All of them run, also after one that misses its bound.
