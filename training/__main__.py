@@ -36,8 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_intermixed_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     logging.getLogger("genkit").setLevel(logging.WARNING if arguments.quiet else logging.INFO)
-    from genkit.training.objectives.base import DivergedError
     from genkit.training.interrupt import Stopped
+    from genkit.training.objectives.base import DivergedError
 
     try:
         config = load_config(arguments.config, arguments.overrides, data=arguments.data)

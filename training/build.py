@@ -72,9 +72,8 @@ def build(config: TrainConfig) -> Run:
 
 
 def check_model(model: Model) -> None:
-    """Refuse an unknown network, scheduler or argument of either, and a folder that is not there."""
+    """Refuse an unknown network or scheduler, and unknown arguments of either."""
     if model.pretrained is not None:
-        _folder(model.pretrained, "model.pretrained")
         return
     network = lookup("genkit.networks", ModelMixin, model.network, setting="model.network")  # type: ignore[arg-type]
     _check_arguments(network, model.settings, "model")

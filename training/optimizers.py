@@ -1,13 +1,12 @@
 """Optimisers by name, from torch and from pytorch-optimizer, and learning-rate schedules from Diffusers."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from diffusers.optimization import SchedulerType, get_scheduler
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
 from genkit.registry import unknown
 
@@ -65,13 +64,11 @@ def make_optimizer(settings, parameters: Sequence[nn.Parameter]) -> Optimizer:
         raise ValueError(f"optimizer={settings.name} with {values}: {error}") from None
 
 
-def make_lr_scheduler(optimizer: Optimizer, name: str, warmup: int, steps: int, final_ratio: float) -> LambdaLR:
-    """Diffusers' schedule ``name``, squeezed so that after the warm-up it ends at ``final_ratio`` instead of 0."""
-    factor = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=steps).lr_lambdas[0]
+def lr_factor(name: str, warmup: int, steps: int, final_ratio: float) -> Callable[[int], float]:
+    """What the learning rate is multiplied by at a step: Diffusers' schedule ``name``, a pure function.
 
-    def squeezed(step: int) -> float:
-        return factor(step) if step < warmup else final_ratio + (1 - final_ratio) * factor(step)
-
-    for group in optimizer.param_groups:
-        group["lr"] = group.pop("initial_lr")
-    return LambdaLR(optimizer, squeezed)
+    After the warm-up it is squeezed so as to end at ``final_ratio`` instead of 0.
+    """
+    anything = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    factor = get_scheduler(name, anything, num_warmup_steps=warmup, num_training_steps=steps).lr_lambdas[0]
+    return lambda step: factor(step) if step < warmup else final_ratio + (1 - final_ratio) * factor(step)

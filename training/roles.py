@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from genkit.training.config import Named, TrainConfig
 from genkit.training.ema import EMA
 from genkit.training.objectives.base import Objective, Role
-from genkit.training.optimizers import make_lr_scheduler, make_optimizer
+from genkit.training.optimizers import lr_factor, make_optimizer
 
 
 class TrainedRole:
@@ -25,12 +25,9 @@ class TrainedRole:
             raise ValueError(f"role {name!r} of objective={config.objective.name!r} has no trainable weights")
         optimizer = {"name": config.optimizer.name, **config.optimizer.settings, **role.optimizer}
         self.optimizer = make_optimizer(Named(**optimizer), list(self.parameters.values()))
-        self.lr_scheduler = make_lr_scheduler(
-            self.optimizer,
-            config.lr_scheduler,
-            config.lr_warmup_steps,
-            config.max_train_steps,
-            config.lr_final_ratio,
+        self._rates = [group["lr"] for group in self.optimizer.param_groups]
+        self._factor = lr_factor(
+            config.lr_scheduler, config.lr_warmup_steps, config.max_train_steps, config.lr_final_ratio
         )
         self.ema = EMA(self.parameters, config.ema.decays) if role.ema and config.ema.decays else None
 
@@ -39,15 +36,12 @@ class TrainedRole:
         for parameter in self.parameters.values():
             parameter.requires_grad_(on)
 
-    def resume_schedule(self, step: int) -> None:
-        """Go to ``step`` of the schedule of this run, which may be another than the saved run's."""
-        self.lr_scheduler.last_epoch = step
-        rates = [
-            base * fn(step) for base, fn in zip(self.lr_scheduler.base_lrs, self.lr_scheduler.lr_lambdas, strict=True)
-        ]
-        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
-        self.lr_scheduler._last_lr = rates
+    def set_learning_rate(self, step: int) -> float:
+        """Put the optimiser at ``step`` of the schedule; returns the rate (of the first group)."""
+        factor = self._factor(step)
+        for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate * factor
+        return self._rates[0] * factor
 
     def gradient_norm(self, limit: float | None) -> Tensor:
         """The norm of the gradient, before it is cut to ``limit``."""

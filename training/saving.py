@@ -42,8 +42,8 @@ class Saving:
                 logger.info("resume=latest: no checkpoint in %s yet, starting anew", config.output_dir)
         elif there:
             raise ValueError(
-                f"output_dir={str(config.output_dir)!r} holds checkpoints up to step {max(there)}; set resume=latest to "
-                "go on from there, or another output_dir"
+                f"output_dir={str(config.output_dir)!r} holds checkpoints up to step {max(there)}; set "
+                "resume=latest to go on from there, or another output_dir"
             )
 
     def _tensors(self, roles: dict[str, TrainedRole]) -> dict[str, dict[str, Tensor]]:
@@ -71,10 +71,7 @@ class Saving:
 
     def _snapshot(self, step: int, roles: dict[str, TrainedRole]) -> checkpoint.Snapshot:
         scaler = self.accelerator.scaler
-        optimizers = {
-            name: {"optimizer": role.optimizer.state_dict(), "last_epoch": role.lr_scheduler.last_epoch}
-            for name, role in roles.items()
-        }
+        optimizers = {name: role.optimizer.state_dict() for name, role in roles.items()}
         info = {
             "config": self.config.model_dump(mode="json"),
             "ema_updates": {name: role.ema.updates for name, role in roles.items() if role.ema is not None},
@@ -107,13 +104,12 @@ class Saving:
                     tensor.copy_(snapshot.tensors[name][key])
         for name, role in roles.items():
             try:
-                role.optimizer.load_state_dict(snapshot.optimizers[name]["optimizer"])
+                role.optimizer.load_state_dict(snapshot.optimizers[name])
             except (KeyError, ValueError) as error:
                 raise checkpoint.CheckpointError(
                     f"{path / checkpoint.OPTIMIZERS} does not fit role {name!r} with optimizer="
                     f"{self.config.optimizer.name!r}: {error}"
                 ) from None
-            role.resume_schedule(snapshot.optimizers[name]["last_epoch"])
             if role.ema is not None:
                 role.ema.updates = snapshot.info["ema_updates"][name]
         if self.accelerator.scaler is not None and snapshot.info["scaler"] is not None:

@@ -54,6 +54,7 @@ class Trainer:
         # Looking for weights without gradient costs time, so only where a backward may leave some.
         unused = len({frozenset(p.trains) for p in phases}) > 1 or any(p.backwards > 1 for p in phases)
         self.accelerator = Accelerator(
+            cpu=not torch.accelerator.is_available(),  # else several processes without a GPU would not find each other
             mixed_precision=config.mixed_precision,
             log_with=config.report_to or None,
             project_config=ProjectConfiguration(str(config.output_dir), str(config.output_dir / config.logging_dir)),
@@ -158,15 +159,14 @@ class Trainer:
         torch.manual_seed(hash_seed(self.config.seed, self.step, self.accelerator.process_index))
         micro = [self.run.inputs(next(stream), self.device) for _ in range(self.config.gradient_accumulation_steps)]
         self.x0 = micro[0].x0
-        values: dict[str, Tensor | float] = {}
+        values: dict[str, Tensor | float] = {
+            f"lr/{role.name}": role.set_learning_rate(self.step) for role in self.roles.values()
+        }
         phases = self.objective.phases(self.step)
         for phase in phases:
             for repeat in range(phase.repeats):
                 logs = self._update(phase, repeat, micro)
                 values |= {k if len(phases) == 1 else f"{k}/{phase.name}": v for k, v in logs.items()}
-        for role in self.roles.values():
-            values[f"lr/{role.name}"] = role.lr_scheduler.get_last_lr()[0]
-            role.lr_scheduler.step()
         return values
 
     def _update(self, phase: Phase, repeat: int, micro: list[Batch]) -> dict[str, Tensor]:
@@ -216,8 +216,8 @@ class Trainer:
 
     def _miscounted(self, phase: Phase, count: str) -> ValueError:
         return ValueError(
-            f"objective={self.config.objective.name!r}: phase {phase.name!r} yields {count} losses for a batch, but says "
-            f"backwards={phase.backwards}"
+            f"objective={self.config.objective.name!r}: phase {phase.name!r} yields {count} losses for a batch, but "
+            f"says backwards={phase.backwards}"
         )
 
     def _announce(self, total: Tensor) -> "_HostCopy":
