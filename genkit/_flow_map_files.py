@@ -3,10 +3,10 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
-from torch import nn
 
 import genkit
 from genkit._files import contiguous, load_into, local, read_json, read_tensors, written
@@ -72,6 +72,11 @@ def load_flow_map(
         ValueError: truncated files, or a student of another network, prediction type or path.
     """
     denoiser = target if isinstance(target, NetworkDenoiser) else from_pipeline(target)
+    if not isinstance(denoiser, NetworkDenoiser):
+        raise ValueError(
+            f"target={type(target).__name__} holds a network of two times, which is its own flow map; load it with "
+            "from_pretrained"
+        )
     folder = local(folder_or_repo_id, [CONFIG_NAME, EMBEDDER_NAME, LORA_NAME, NETWORK_NAME])
     config = read_json(folder / CONFIG_NAME)
     wanted = {
@@ -97,15 +102,15 @@ def load_flow_map(
     return flow_map
 
 
-def _class_name(network: nn.Module) -> str:
+def _class_name(network: Any) -> str:
     return network.config.get("_class_name") or type(network).__name__
 
 
-def _prefix(network: nn.Module) -> str:
+def _prefix(network: Any) -> str:
     return "unet" if "UNet" in type(network).__name__ else "transformer"
 
 
-def _save_lora(folder: Path, network: nn.Module, adapter_name: str) -> None:
+def _save_lora(folder: Path, network: Any, adapter_name: str) -> None:
     from diffusers.loaders.lora_base import LoraBaseMixin
     from diffusers.utils import convert_state_dict_to_diffusers
     from peft import get_peft_model_state_dict
@@ -130,7 +135,7 @@ def _save_lora(folder: Path, network: nn.Module, adapter_name: str) -> None:
     )
 
 
-def _load_lora(file: Path, network: nn.Module, adapter_name: str) -> None:
+def _load_lora(file: Path, network: Any, adapter_name: str) -> None:
     from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 
     if adapter_name in getattr(network, "peft_config", {}):

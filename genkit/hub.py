@@ -165,12 +165,13 @@ def push_to_hub(
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
+    # Offline mode and refusals are OSErrors; a lost connection is whatever the HTTP library in use raises.
+    unreachable: tuple[Any, ...] = (OSError, *HfHubHTTPError.__bases__)
     api = HfApi(token=token)
     try:
         api.create_repo(repo_id, private=private, exist_ok=True)
         return str(api.upload_folder(repo_id=repo_id, folder_path=local, commit_message=commit_message))
-    # Offline mode and refusals are OSErrors; a lost connection is whatever the HTTP library in use raises.
-    except (OSError, *HfHubHTTPError.__bases__) as error:
+    except unreachable as error:
         raise ConnectionError(
             f"could not push to {repo_id}: {error}\nEverything is saved in {local}; push it later with "
             f"genkit.hub.push_to_hub({str(local)!r}, {repo_id!r})"

@@ -1,3 +1,4 @@
+import inspect
 import json
 import subprocess
 import sys
@@ -213,6 +214,11 @@ def test_foreign_lora(change, message, saved, tmp_path, tiny_pipeline):
     assert not hasattr(pipe.transformer, "peft_config")  # refused before anything was changed
 
 
+def test_a_network_of_two_times_is_no_teacher(saved):
+    with pytest.raises(ValueError, match="target=ClassConditionalPipeline holds a network of two times"):
+        hub.load_flow_map(class_conditional(FlowMatchEulerDiscreteScheduler()), saved)
+
+
 def test_no_such_folder(tiny_pipeline):
     with pytest.raises(FileNotFoundError, match="/no/such/place is neither a folder nor a repository id"):
         hub.load_flow_map(tiny_pipeline("sd3"), "/no/such/place")
@@ -279,20 +285,18 @@ def class_conditional(scheduler, guider=None):
     return pipe
 
 
-# Run in the child and here, on the same pipelines.
-RUN = """
 def run(name, pipe):
+    """Images of a pipeline; its source runs in the child as well."""
     import torch
 
     if name == "own":
         return pipe().numpy()
     pipe.set_progress_bar_config(disable=True)
-    labels = dict(class_labels=[1, 2]) if name in ("guided", "student") else dict(
-        prompt="a cat", height=32, width=32, max_sequence_length=16, guidance_scale=1.0)
+    inputs = dict(class_labels=[1, 2])
+    if name == "stock":
+        inputs = dict(prompt="a cat", height=32, width=32, max_sequence_length=16, guidance_scale=1.0)
     generator = torch.Generator().manual_seed(0)
-    return pipe(num_inference_steps=2, generator=generator, output_type="np", **labels).images
-"""
-exec(RUN)
+    return pipe(num_inference_steps=2, generator=generator, output_type="np", **inputs).images
 
 
 @pytest.fixture(scope="module")
@@ -308,7 +312,7 @@ def portable(tmp_path_factory):
         import own_module
 
         stock = tiny.pipeline("sd3")
-        stock.scheduler = FlowMatchEulerDiscreteScheduler()
+        stock.scheduler = FlowMapScheduler(shift=3.0)
         pipes = {
             "own": own_module.OwnPipeline(own_module.OwnNet(4), DDIMScheduler()),
             "student": class_conditional(FlowMapScheduler(shift=2.0)),
@@ -317,11 +321,11 @@ def portable(tmp_path_factory):
         }
         for name, pipe in pipes.items():
             hub.save_portable(pipe, root / name)
-        wanted = {name: run(name, pipe) for name, pipe in pipes.items()}  # noqa: F821
+        wanted = {name: run(name, pipe) for name, pipe in pipes.items()}
     script = "\n".join(
         [
             WITHOUT_GENKIT.format(root=str(Path(hub.__file__).parents[1])),
-            RUN,
+            inspect.getsource(run),
             "import json, numpy",
             "from diffusers import DiffusionPipeline",
             "for name in json.loads(sys.argv[2]):",
@@ -343,7 +347,7 @@ def portable(tmp_path_factory):
         ("own", {"OwnNet", "DDIMScheduler"}),
         ("student", {"DiT", "FlowMapScheduler"}),
         ("guided", {"DiT", "FlowMatchEulerDiscreteScheduler", "CFG"}),
-        ("stock", {"SD3Transformer2DModel", "FlowMatchEulerDiscreteScheduler"}),
+        ("stock", {"SD3Transformer2DModel", "FlowMapScheduler"}),
     ],
 )
 def test_portable_folders_load_without_genkit(name, classes, portable):
@@ -360,7 +364,7 @@ def test_a_portable_folder_explains_itself(portable):
         "guided/transformer/genkit_networks_dit.py",
         "guided/guider/genkit_guidance_cfg.py",
     }
-    assert not list((root / "stock").rglob("*.py"))
+    assert [f.name for f in (root / "stock").rglob("*.py")] == ["genkit_schedulers_flow_map.py"]
     assert "trust_remote_code=True" in (root / "guided" / "README.md").read_text()
     assert "diffusers>=" in (root / "guided" / "requirements.txt").read_text()
 

@@ -205,10 +205,10 @@ class Denoiser(ABC):
         self.calls += n
         times, steps = t.expand(len(z)).contiguous(), timestep.expand(len(z)).contiguous()
         if n == 1:
-            raws = (self.forward(z, times, steps, conditions[0]),)
+            raws: Sequence[Tensor] = [self.forward(z, times, steps, conditions[0])]
         else:
-            batch = [torch.cat([v] * n) for v in (z, times, steps)]
-            raws = self.forward(*batch, Condition.cat(conditions)).chunk(n)
+            z_n, times_n, steps_n = (torch.cat([v] * n) for v in (z, times, steps))
+            raws = self.forward(z_n, times_n, steps_n, Condition.cat(conditions)).chunk(n)
         return [Prediction(raw, self.prediction_type, self.interpolant, z, t) for raw in raws]
 
     def features(

@@ -30,8 +30,9 @@ def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
 
 def image_ids(height: int, width: int, like: Tensor) -> Tensor:
     """Positions ``(0, row, column)`` of the tokens of latents of this size, shape ``(H/2 * W/2, 3)``."""
-    rows, columns = torch.meshgrid(torch.arange(height // 2), torch.arange(width // 2), indexing="ij")
-    return torch.stack((torch.zeros_like(rows), rows, columns), dim=-1).reshape(-1, 3).to(like)
+    sides = (torch.arange(side // 2, device=like.device) for side in (height, width))
+    rows, columns = torch.meshgrid(*sides, indexing="ij")
+    return torch.stack((torch.zeros_like(rows), rows, columns), dim=-1).reshape(-1, 3).to(like.dtype)
 
 
 class Flux(NetworkDenoiser):

@@ -3,6 +3,7 @@
 import inspect
 import sys
 from abc import abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ class NetworkDenoiser(Denoiser):
 
     def __init__(self, network: nn.Module, interpolant: Interpolant, prediction_type: str):
         super().__init__(network, interpolant, prediction_type)
-        self.inner = unwrap(network)
+        self.inner: Any = unwrap(network)
         if prediction_type not in self.prediction_types:
             raise ValueError(
                 f"prediction_type={prediction_type!r} on {type(interpolant).__name__} does not fit "
@@ -38,8 +39,8 @@ class NetworkDenoiser(Denoiser):
             )
 
     @abstractmethod
-    def encode(self, pipe, **inputs) -> Condition:
-        """The condition that ``pipe`` would make of ``inputs``, with its unconditional branch."""
+    def encode(self, *args: Any, **inputs: Any) -> Condition:
+        """``encode(pipe, ...)``: what ``pipe`` would make of these inputs, and its unconditional branch."""
 
     def time_modules(self) -> list[str]:
         """Names of the sub-modules whose output embeds the time; a two-time adapter adds the gap's embedding to it.

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from diffusers.models.embeddings import TimestepEmbedding
@@ -26,7 +27,7 @@ class GapEmbedder(nn.Module):
 
     def __init__(self, dim: int, num_frequencies: int = 32, max_frequency: float = 1.0):
         super().__init__()
-        self.config = dict(dim=dim, num_frequencies=num_frequencies, max_frequency=max_frequency)
+        self.config: dict[str, Any] = dict(dim=dim, num_frequencies=num_frequencies, max_frequency=max_frequency)
         self.hidden = nn.Linear(2 * num_frequencies, dim, bias=False)
         self.out = nn.Linear(dim, dim, bias=False)
         nn.init.zeros_(self.out.weight)
@@ -48,7 +49,7 @@ class TwoTimeNetwork(nn.Module):
 
     def __init__(self, network: nn.Module, time_modules: list[nn.Module], gap_embedder: GapEmbedder):
         super().__init__()
-        self.network = network
+        self.network: Any = network
         self.gap_embedder = gap_embedder
         self._embedding: Tensor | None = None
         for module in time_modules:

@@ -21,7 +21,7 @@ class UNet2D(NetworkDenoiser):
     @property
     def condition_names(self):  # type: ignore[override]
         config = self.inner.config
-        names = ("prompt_embeds",)
+        names: tuple[str, ...] = ("prompt_embeds",)
         if config.addition_embed_type == "text_time":
             names += ("text_embeds", "time_ids")
         return names + (("timestep_cond",) if config.time_cond_proj_dim else ())
