@@ -48,9 +48,10 @@ def to_uint8(images: Tensor) -> Tensor:
 def read_images(source: "ImageSet | Source | Tensor | tuple[Tensor, Tensor] | str | Path") -> ImageSet:
     """Images from ``source``.
 
-    ``source`` is uint8 ``(n, C, H, W)``; a pair of that and labels ``(n,)``; a folder (labels from ``metadata.jsonl``
-    with ``file_name`` and ``label``, else from sub-folders); a ``.npz`` with ``arr_0`` or ``images``, and labels in
-    ``arr_1`` or ``labels``; a finite source of ``genkit.data``; or the word ``"digits"``, the 1,797 embedded ones.
+    ``source`` is uint8 ``(n, C, H, W)``; a pair of that and labels ``(n,)``; a folder, whose ``metadata.jsonl`` names
+    images and labels by ``file_name`` and ``label``, or all the images of a folder without one, labels from sub-folders;
+    a ``.npz`` with ``arr_0`` or ``images``, and labels in ``arr_1`` or ``labels``; a finite source of ``genkit.data``; or
+    the word ``"digits"``, the 1,797 embedded ones.
 
     Raises:
         ValueError: no images, an image that cannot be read (named), mixed sizes or modes, another dtype than uint8.
@@ -120,7 +121,11 @@ def _from_npz(path: Path) -> ImageSet:
 
 
 def _from_folder(folder: Path) -> ImageSet:
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+    rows = _metadata(folder)
+    listed = [row["file_name"] for row in rows if "file_name" in row]
+    files = [folder / name for name in listed] or sorted(
+        p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()
+    )
     if not files:
         raise ValueError(f"{folder}: no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
     kinds = [_kind(path) for path in files]
@@ -132,7 +137,7 @@ def _from_folder(folder: Path) -> ImageSet:
     def load(indices: Tensor) -> Tensor:
         return torch.stack([_decode(files[i], mode) for i in indices.tolist()])
 
-    return ImageSet(folder.name, len(files), load, _folder_labels(folder, files))
+    return ImageSet(folder.name, len(files), load, _folder_labels(folder, files, rows))
 
 
 def _kind(path: Path) -> tuple[str, int, int]:
@@ -156,11 +161,18 @@ def _decode(path: Path, mode: str) -> Tensor:
     return torch.from_numpy(np.atleast_3d(pixels)).permute(2, 0, 1)
 
 
-def _folder_labels(folder: Path, files: list[Path]) -> Tensor | None:
+def _metadata(folder: Path) -> list[dict]:
+    """The rows of ``metadata.jsonl``; where there are some, the images that they name are the set."""
+    path = folder / "metadata.jsonl"
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def _folder_labels(folder: Path, files: list[Path], rows: list[dict]) -> Tensor | None:
     """Labels of ``metadata.jsonl``, else of sub-folders: their numbers if all are numbers, else in sorted order."""
     metadata = folder / "metadata.jsonl"
-    if metadata.exists():
-        rows = [json.loads(line) for line in metadata.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if rows:
         known = {row["file_name"]: row["label"] for row in rows if "file_name" in row and "label" in row}
         if not known:
             return None

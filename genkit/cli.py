@@ -19,13 +19,20 @@ app.add_typer(evaluation, name="eval")
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
 
 
-@app.callback()
-def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False) -> None:
-    if version:
+def _version(asked: bool) -> None:
+    if asked:
         import genkit
 
         typer.echo(genkit.__version__)
         raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and stop.", is_eager=True, callback=_version)
+    ] = False,
+) -> None: ...
 
 
 @app.command()

@@ -247,8 +247,8 @@ def _report(output: Path, results: dict[Setting, Result], summary: dict[str, Any
                     "Frechet distance to the real digits; lower is better. Both axes are logarithmic.",
                 ),
                 Table(columns, rows, aside=[len(rows) - 1]),
-                "The distance of two real halves is that of two sets of 898 images; it shows what chance alone makes of "
-                "it. Every other row compares 1,797 images with 1,797.",
+                "The distance of two real halves is that of two sets of 898 images; it shows what chance alone makes "
+                "of it. Every other row compares 1,797 images with 1,797.",
                 Table(["comparison", Column("measured"), "aim"], ratios),
             ],
         ),

@@ -83,6 +83,8 @@ def test_folder_labels_from_metadata(tmp_path):
     (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
     assert read_images(tmp_path).labels.tolist() == [7, 6]
     (tmp_path / "metadata.jsonl").write_text(lines[0])
+    assert read_images(tmp_path).n == 1  # the other file is no part of the set
+    (tmp_path / "metadata.jsonl").write_text(lines[0] + "\n" + json.dumps({"file_name": "sub/1.png"}))
     with pytest.raises(ValueError, match="no label for sub/1.png"):
         read_images(tmp_path)
 
