@@ -48,7 +48,8 @@ def guided(pipe, guider: Guider) -> Iterator[Run]:
     """
     if not isinstance(guider, Guider):
         raise ValueError(f"guider={type(guider).__name__}: accepted is a genkit guider, see genkit.guidance")
-    hook = _Sequential(pipe, guider) if _family(pipe) == _SEQUENTIAL else _Doubled(pipe, guider)
+    family = _family(pipe)
+    hook = (_Sequential if family == _SEQUENTIAL else _Doubled)(pipe, guider, family)
     handle = hook.network.register_forward_hook(hook, with_kwargs=True)
     try:
         with _before(hook.scheduler, "set_timesteps", hook.reset), _before(hook.scheduler, "step", hook.check_answered):
@@ -101,9 +102,9 @@ def _before(scheduler, method: str, action) -> Iterator[None]:
 class _Hook:
     """What the two ways of evaluating branches share. As a forward hook it returns the output to use instead."""
 
-    def __init__(self, pipe, guider: Guider):
+    def __init__(self, pipe, guider: Guider, family: str):
         reference = from_pipeline(pipe)
-        self.pipe, self.scheduler = pipe, pipe.scheduler
+        self.pipe, self.scheduler, self.family = pipe, pipe.scheduler, family
         self.network = reference.network
         self.path = reference.interpolant, reference.prediction_type
         if getattr(self.network, "_compiled_call_impl", None) is not None:
@@ -174,10 +175,10 @@ class _Doubled(_Hook):
                 "effect inside `guided`)"
             )
         first, second = raw[:batch], raw[batch:]
-        if _family(self.pipe) == _DOUBLED:
-            guided = self.guide([call], second, first, (batch, 0))
-        else:
+        if self.family == _DOUBLED_COND_FIRST:
             guided = self.guide([call], first, second, (0, batch))
+        else:
+            guided = self.guide([call], second, first, (batch, 0))
         answer = raw.clone()
         answer[tuple(map(slice, (len(raw), *guided.shape[1:])))] = torch.cat((guided, guided))
         return _with_first(output, answer)
@@ -187,12 +188,12 @@ class _Sequential(_Hook):
     """Conditional call, then unconditional call. The conditional output is overwritten in place when the second one is
     known, so that ``n + s (p - n)`` gives the guided prediction exactly whatever ``s`` is."""
 
-    def __init__(self, pipe, guider):
+    def __init__(self, pipe, guider, family):
         if "true_cfg_scale" not in inspect.signature(type(pipe).__call__).parameters:
             raise ValueError(
                 f"pipe={type(pipe).__name__} has no true_cfg_scale, so it never makes an unconditional prediction"
             )
-        super().__init__(pipe, guider)
+        super().__init__(pipe, guider, family)
 
     def reset(self):
         super().reset()

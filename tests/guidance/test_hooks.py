@@ -39,6 +39,16 @@ def test_cfg_is_the_pipelines_own_bit_for_bit(name, tiny_pipeline, run_pipeline)
     assert torch.equal(run_pipeline(pipe, name, **{scale: 3.0}), native)
 
 
+@pytest.mark.parametrize("name", ["sdxl", "flux", "dit"])
+@pytest.mark.parametrize("guider", [CFG(), APG(), CFG(stop=0.3)])
+def test_guidance_costs_no_call(name, guider, tiny_pipeline, run_pipeline):
+    pipe, calls = tiny_pipeline(name), []
+    getattr(pipe, network_name(pipe)).register_forward_pre_hook(lambda *_: calls.append(1))
+    with guided(pipe, guider):
+        run_pipeline(pipe, name)
+    assert len(calls) == (6 if name == "flux" else 3)
+
+
 @ALL
 def test_batches_and_repeated_runs(name, tiny_pipeline, run_pipeline, relative):
     pipe = tiny_pipeline(name)
@@ -236,13 +246,14 @@ def peft_wrapped(pipe, network):
     setattr(pipe, network, get_peft_model(getattr(pipe, network), config))
 
 
-@pytest.mark.parametrize("wrap", [compiled, blocks_compiled, offloaded, model_offloaded, lora, peft_wrapped])
-@pytest.mark.parametrize("name", ["sd3", "flux"])
+WRAPPERS = [("sd15", lora), ("flux", blocks_compiled)]
+WRAPPERS += [(name, w) for name in ("sd3", "flux") for w in (compiled, offloaded, model_offloaded, lora, peft_wrapped)]
+
+
+@pytest.mark.parametrize(("name", "wrap"), WRAPPERS)
 def test_wrapped_networks(name, wrap, tiny_pipeline, run_pipeline, relative):
     pipe = tiny_pipeline(name)
     torch.manual_seed(0)
-    if wrap is blocks_compiled and not getattr(getattr(pipe, network_name(pipe)), "_repeated_blocks", None):
-        pytest.skip("names no blocks to compile")
     wrap(pipe, network_name(pipe))
     scale = dict(true_cfg_scale=3.0) if name == "flux" else dict(guidance_scale=3.0)
     native = run_pipeline(pipe, name, **scale)

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import textwrap
 
+import accelerate
 import diffusers
 import pytest
 import torch
@@ -138,6 +139,25 @@ def test_both_forms_of_preparing_inputs(guider, second_form):
         torch.testing.assert_close(pred, expected.prediction.raw)
         x = x - 0.4 * pred
     assert not network._forward_pre_hooks
+
+
+def compiled(network):
+    return torch.compile(network, backend="eager")
+
+
+def offloaded(network):
+    accelerate.cpu_offload(network, execution_device="cpu")
+    return network
+
+
+@pytest.mark.parametrize("wrap", [compiled, offloaded])
+def test_wrapped_networks(wrap, modular_pipeline, run_pipeline, relative):
+    _, pipe = modular_pipeline("sd3")
+    guider = attach(pipe, APG(norm_threshold=2.0))
+    expected = run_pipeline(pipe, "sd3")
+    pipe.transformer = wrap(pipe.transformer)
+    assert relative(run_pipeline(pipe, "sd3"), expected) < 1e-5
+    assert guider is pipe.guider and not pipe.transformer._forward_pre_hooks
 
 
 @BOTH
