@@ -21,6 +21,7 @@ in the folder into which Diffusers copies the code of a model, and imported from
 """
 
 import importlib
+import importlib.util
 import os
 import sys
 from pathlib import Path

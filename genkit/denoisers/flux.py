@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from genkit.denoisers.base import Condition
-from genkit.denoisers.network import NetworkDenoiser
+from genkit.denoisers.network import NetworkDenoiser, texts
 
 
 def pack(z: Tensor) -> Tensor:
@@ -84,18 +84,17 @@ class Flux(NetworkDenoiser):
         There is an unconditional branch only with a ``negative_prompt`` (``""`` will do): the guidance of these
         networks is distilled, so guiding them again is something to ask for.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        prompts = texts(prompt)
 
-        def values(texts: list[str]) -> dict[str, Tensor]:
+        def values(batch: list[str]) -> dict[str, Tensor]:
             embeds, pooled, _ = pipe.encode_prompt(
-                prompt=texts, prompt_2=None, device=pipe._execution_device, max_sequence_length=max_sequence_length
+                prompt=batch, prompt_2=None, device=pipe._execution_device, max_sequence_length=max_sequence_length
             )
             made = {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
             if self.inner.config.guidance_embeds:
-                made["guidance"] = torch.full((len(texts),), guidance_scale, device=embeds.device)
+                made["guidance"] = torch.full((len(batch),), guidance_scale, device=embeds.device)
             return made
 
         if negative_prompt is None:
             return Condition(values(prompts))
-        negative = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else list(negative_prompt)
-        return Condition(values(prompts), values(negative))
+        return Condition(values(prompts), values(texts(negative_prompt, len(prompts))))

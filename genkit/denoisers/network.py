@@ -3,6 +3,7 @@
 import inspect
 import sys
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -64,6 +65,11 @@ class NetworkDenoiser(Denoiser):
         # The first weight's, float8 storage aside: asking Diffusers' ``dtype`` walks the whole network.
         dtype = next((p.dtype for p in self.inner.parameters() if p.dtype in _COMPUTE_DTYPES), z.dtype)
         return z.to(dtype), condition.to(dtype)
+
+
+def texts(prompt: str | Sequence[str], n: int = 1) -> list[str]:
+    """A list of prompts; one prompt stands for ``n`` equal ones."""
+    return [prompt] * n if isinstance(prompt, str) else list(prompt)
 
 
 def unwrap(network: nn.Module) -> nn.Module:

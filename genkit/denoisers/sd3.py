@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from genkit.denoisers.base import Condition
-from genkit.denoisers.network import NetworkDenoiser
+from genkit.denoisers.network import NetworkDenoiser, texts
 
 
 class SD3(NetworkDenoiser):
@@ -42,10 +42,8 @@ class SD3(NetworkDenoiser):
         max_sequence_length: int = 256,
     ) -> Condition:
         """Prompts as ``pipe`` encodes them; without ``negative_prompt`` the unconditional branch is the empty text."""
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        negative = (
-            negative_prompt if negative_prompt is None or isinstance(negative_prompt, str) else list(negative_prompt)
-        )
+        prompts = texts(prompt)
+        negative = None if negative_prompt is None else texts(negative_prompt, len(prompts))
         embeds, negative_embeds, pooled, negative_pooled = pipe.encode_prompt(
             prompt=prompts,
             prompt_2=None,

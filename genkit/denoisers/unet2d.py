@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from genkit.denoisers.base import Condition
-from genkit.denoisers.network import NetworkDenoiser
+from genkit.denoisers.network import NetworkDenoiser, texts
 
 
 class UNet2D(NetworkDenoiser):
@@ -60,10 +60,8 @@ class UNet2D(NetworkDenoiser):
         ``guidance_scale`` is read only by networks that embed it (latent consistency models).
         """
         config = self.inner.config
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        negative = (
-            negative_prompt if negative_prompt is None or isinstance(negative_prompt, str) else list(negative_prompt)
-        )
+        prompts = texts(prompt)
+        negative = None if negative_prompt is None else texts(negative_prompt, len(prompts))
         encoded = pipe.encode_prompt(
             prompt=prompts,
             device=pipe._execution_device,

@@ -124,6 +124,21 @@ def test_sdxl_sizes_reach_the_network(tiny_pipeline):
     assert denoiser.encode(pipe, "a cat")["time_ids"].tolist() == [[32, 32, 0, 0, 32, 32]]
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ("sd15", "sdxl", "sd3", "flux"))
+def test_one_negative_prompt_serves_a_batch(name, tiny_pipeline):
+    pipe = tiny_pipeline(name)
+    denoiser = from_pipeline(pipe)
+    condition = denoiser.encode(pipe, ["a cat", "two dogs"], "fog")
+    assert len(condition) == 2
+    single = denoiser.encode(pipe, "two dogs", ["fog"])
+    for key, value in single.null().values.items():
+        torch.testing.assert_close(condition.null()[key][1:], value)
+        torch.testing.assert_close(condition[key][1:], single[key])
+    other = denoiser.encode(pipe, "two dogs", "rain")
+    assert not torch.equal(other.null()["prompt_embeds"], single.null()["prompt_embeds"])
+
+
 def test_flux_packing_is_the_pipelines():
     from diffusers import FluxPipeline
 
