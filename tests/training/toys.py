@@ -31,7 +31,7 @@ def settings(output_dir, **changes) -> dict:
         global_batch_size=8,
         max_train_steps=20,
         max_grad_norm=10.0,
-        ema=dict(decays=[0.9, 0.5]),
+        ema=dict(decays=[0.9, 0.3]),
         checkpointing_steps=10,
         logging_steps=4,
     )
@@ -44,7 +44,7 @@ def digits(output_dir, on_step=None, **changes) -> Trainer:
 
 
 class Adversarial(Objective):
-    """A generator with two losses and a discriminator with one, updated twice; dropout, running statistics, a counter."""
+    """A generator with two losses, a discriminator updated twice; dropout, running statistics, a counter."""
 
     def __init__(self, student, diverge_at=None):
         super().__init__(None, student)
@@ -73,7 +73,9 @@ class Adversarial(Objective):
         if phase.name == "discriminator":
             self.updates += 1
             logits = self.discriminator(torch.cat((fake.detach(), batch.x0)))
-            value = nn.functional.softplus(logits[: len(fake)]).mean() + nn.functional.softplus(-logits[len(fake) :]).mean()
+            value = (
+                nn.functional.softplus(logits[: len(fake)]).mean() + nn.functional.softplus(-logits[len(fake) :]).mean()
+            )
             if self.diverge_at is not None and self.updates > self.diverge_at:
                 value = value * float("nan")
             yield Loss(value, {})
@@ -145,4 +147,3 @@ def parallel(folder: Path) -> None:
 
 if __name__ == "__main__":
     parallel(Path(sys.argv[1]))
-
