@@ -29,10 +29,10 @@ def guided(pipe, guider: Guider) -> Iterator[Run]:
     The pipeline must run with guidance (``guidance_scale > 1``; Flux: ``true_cfg_scale > 1`` and a negative prompt), so
     that it evaluates both branches; the size of its own scale is then without effect. Works for Stable Diffusion 1, 2,
     XL and 3 with ControlNets, adapters, image-to-image and inpainting, for Flux with true CFG and for DiT; under
-    ``torch.compile``, offloading and LoRA. Afterwards the pipeline is what it was, whatever happened inside.
+    ``torch.compile``, offloading and LoRA. Afterwards the pipeline is what it was, whatever happened inside::
 
-    >>> with guided(pipe, APG(guidance_scale=10)):
-    ...     images = pipe("a cat", guidance_scale=5).images
+        with guided(pipe, APG(guidance_scale=10)):
+            images = pipe("a cat", guidance_scale=5).images
 
     Args:
         pipe: a classic Diffusers pipeline.
