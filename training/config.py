@@ -32,6 +32,12 @@ class Named(BaseModel):
         return dict(self.model_extra or {})
 
 
+class Scheduler(Named):
+    """A scheduler by its class name, of Diffusers or genkit, and its arguments."""
+
+    name: str = "FlowMatchEulerDiscreteScheduler"
+
+
 class Model(BaseModel):
     """What is trained: a new network, or one from a Diffusers pipeline folder.
 
@@ -43,7 +49,7 @@ class Model(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True, protected_namespaces=())
     network: str | None = None
     pretrained: str | None = None
-    scheduler: Named = Named(name="FlowMatchEulerDiscreteScheduler")
+    scheduler: Scheduler = Scheduler()
 
     @model_validator(mode="after")
     def _one(self):
@@ -150,11 +156,6 @@ class TrainConfig(Section):
     def _several(cls, value):
         return [value] if isinstance(value, str) else value
 
-    @field_validator("data", "objective", "optimizer", mode="before")
-    @classmethod
-    def _only_name(cls, value):
-        return {"name": value} if isinstance(value, str) else value
-
     @field_validator("lr_scheduler")
     @classmethod
     def _known(cls, value):
@@ -231,7 +232,8 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = (), *, data:
             key, _, _ = override.partition("=")
             # A whole section given as a name replaces what the file says of it.
             if key in ("data", "objective", "optimizer"):
-                merged[key] = OmegaConf.from_dotlist([override])[key]
+                value = OmegaConf.from_dotlist([override])[key]
+                merged[key] = {"name": value} if isinstance(value, str) else value
             else:
                 merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([override]))
         values = OmegaConf.to_container(merged, resolve=True)

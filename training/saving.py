@@ -73,6 +73,7 @@ class Saving:
         scaler = self.accelerator.scaler
         optimizers = {name: role.optimizer.state_dict() for name, role in roles.items()}
         info = {
+            "optimizers": {name: type(role.optimizer).__name__ for name, role in roles.items()},
             "config": self.config.model_dump(mode="json"),
             "ema_updates": {name: role.ema.updates for name, role in roles.items() if role.ema is not None},
             "scaler": None if scaler is None else scaler.state_dict(),
@@ -103,12 +104,16 @@ class Saving:
                 for key, tensor in tensors.items():
                     tensor.copy_(snapshot.tensors[name][key])
         for name, role in roles.items():
+            had, has = snapshot.info["optimizers"].get(name), type(role.optimizer).__name__
+            if had != has:
+                raise checkpoint.CheckpointError(
+                    f"{path / checkpoint.OPTIMIZERS} holds the state of {had} for role {name!r}, wanted {has}"
+                )
             try:
                 role.optimizer.load_state_dict(snapshot.optimizers[name])
             except (KeyError, ValueError) as error:
                 raise checkpoint.CheckpointError(
-                    f"{path / checkpoint.OPTIMIZERS} does not fit role {name!r} with optimizer="
-                    f"{self.config.optimizer.name!r}: {error}"
+                    f"{path / checkpoint.OPTIMIZERS} does not fit role {name!r}: {error}"
                 ) from None
             if role.ema is not None:
                 role.ema.updates = snapshot.info["ema_updates"][name]

@@ -60,7 +60,7 @@ class Trainer:
             project_config=ProjectConfiguration(str(config.output_dir), str(config.output_dir / config.logging_dir)),
             kwargs_handlers=[
                 DistributedDataParallelKwargs(find_unused_parameters=unused),
-                # A weight first cast under no_grad would be cached without its gradient.
+                # Releases of PyTorch keep a weight that was first cast under no_grad, without its gradient.
                 AutocastKwargs(cache_enabled=False),
             ],
         )

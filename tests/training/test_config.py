@@ -1,0 +1,107 @@
+"""Settings: overrides, and errors that say what is wrong."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from genkit.training.__main__ import main
+from genkit.training.config import load_config
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+RECIPES = sorted(CONFIGS.rglob("*.yaml"))
+
+
+@pytest.fixture
+def recipe(toys, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(toys.settings(tmp_path / "run")))
+    return path
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: str(p.relative_to(CONFIGS)))
+def test_every_recipe_is_valid(path):
+    load_config(path)
+    load_config(path, data="synthetic")
+
+
+def test_there_are_recipes():
+    assert len(RECIPES) >= 2
+
+
+def test_overrides(recipe):
+    overrides = ["optimizer.lr=1e-3", "optimizer.betas=[0.5,0.9]", "ema.decays=[0.99]", "max_grad_norm=null"]
+    config = load_config(recipe, [*overrides, "objective.condition_dropout=0.5", "model.hidden_size=32"])
+    assert config.optimizer.settings == {"lr": 1e-3, "betas": [0.5, 0.9]}
+    assert config.ema.decays == [0.99] and config.max_grad_norm is None
+    assert config.objective_config().condition_dropout == 0.5
+    assert config.model.settings["hidden_size"] == 32 and config.model.settings["num_layers"] == 1
+
+
+def test_a_section_given_as_a_name_replaces_it(recipe):
+    config = load_config(recipe, ["objective=flow_map", "objective.loss=esd", "data.name=eight_gaussians"])
+    assert config.objective.name == "flow_map" and config.objective_config().loss == "esd"
+    assert load_config(recipe, ["optimizer=SGD", "optimizer.lr=0.1"]).optimizer.settings == {"lr": 0.1}
+
+
+@pytest.mark.parametrize(
+    "override, text",
+    [
+        ("learning_rte=1", r"unknown key in the config: key='learning_rte' is not known"),
+        ("max_train_step=1", "did you mean 'max_train_steps'"),
+        ("ema.decay=[0.9]", "unknown key in ema: key='decay' is not known; did you mean 'decays'"),
+        ("model.hidden_sizes=3", "unknown key in model: key='hidden_sizes' is not known; did you mean 'hidden_size'"),
+        ("model.scheduler.name=EulerDiscreetScheduler", "did you mean 'EulerDiscreteScheduler'"),
+        ("model.scheduler.shft=3", "unknown key in model.scheduler: key='shft' is not known; did you mean 'shift'"),
+        ("model.network=dti", "model.network='dti' is not known; did you mean 'dit'"),
+        ("model.pretrained=x", "exactly one of network and pretrained must be set"),
+        ("objective.time_distributon=uniform", "did you mean 'time_distribution'"),
+        ("objective.time_distribution=normal", "objective.time_distribution='normal': .*'uniform' or 'logit_normal'"),
+        ("objective.name=flow_mtching", "objective.name='flow_mtching' is not known; did you mean 'flow_matching'"),
+        ("data.name=digit", "data.name='digit' is not known; did you mean 'digits'"),
+        ("data.sed=1", "unknown key in data: key='sed'"),
+        ("optimizer.name=Adamw2", "did you mean"),
+        (
+            "optimizer.weigt_decay=1",
+            "unknown key in optimizer: key='weigt_decay' is not known; did you mean 'weight_decay'",
+        ),
+        ("lr_scheduler=cosin", "lr_scheduler='cosin' is not known; did you mean 'cosine'"),
+        ("lr_scheduler=constant", "lr_warmup_steps=3 needs a schedule with warm-up"),
+        ("global_batch_size=0", "global_batch_size=0: Input should be greater than or equal to 1"),
+        ("gradient_accumulation_steps=3", "global_batch_size=8 is not a multiple of gradient_accumulation_steps=3"),
+        ("mixed_precision=fp8", "mixed_precision='fp8': .*'no', 'fp16' or 'bf16'"),
+        ("ema.decays=[1.0]", r"decays must be distinct numbers in \[0, 1\)"),
+        ("adapter.kind=dora", "adapter.kind='dora'"),
+        ("teacher=somewhere", "objective='flow_matching' takes no teacher"),
+        ("max_train_steps", "override 'max_train_steps' is not of the form key=value"),
+        ("seed=[1", "cannot be read"),
+    ],
+)
+def test_errors_say_what_is_wrong(override, text, recipe):
+    with pytest.raises(ValueError, match=text) as error:
+        load_config(recipe, [override])
+    assert "pydantic" not in str(error.value)
+
+
+def test_missing_files_and_keys(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere.yaml' is not a file"):
+        load_config("nowhere.yaml")
+    path = tmp_path / "empty.yaml"
+    path.write_text("seed: 1\n")
+    with pytest.raises(ValueError, match="output_dir is missing and has no default\nmodel is missing"):
+        load_config(path)
+    path.write_text("a: [1\n")
+    with pytest.raises(ValueError, match="empty.yaml' cannot be read"):
+        load_config(path)
+    path.write_text("- 1\n")
+    with pytest.raises(ValueError, match="is not a mapping"):
+        load_config(path)
+
+
+def test_command(recipe, tmp_path, capsys):
+    assert main([str(recipe), "max_train_steps=2", "--quiet"]) == 0
+    assert (tmp_path / "run/pipeline/model_index.json").is_file()
+    assert main([str(recipe), "max_train_steps=2", "--quiet"]) == 1
+    assert "set resume=latest" in capsys.readouterr().err
+    assert main([str(recipe), "max_train_step=2"]) == 1
+    assert capsys.readouterr().err.startswith("error: unknown key")
