@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from rich.console import Console
 from rich.table import Table as RichTable
 
@@ -22,6 +23,7 @@ from genkit.eval.metrics.base import FeatureSet
 from genkit.eval.report import Code, Column, Figure, Gallery, ImageGrid, ProtocolBlock, Section, Table, write_report
 from genkit.eval.result import Result, require_comparable
 from genkit.eval.run import evaluate, measure
+from genkit.hub import model_card
 from genkit.pipelines.class_conditional import ClassConditionalPipeline
 from genkit.pipelines.commands import parse_guider
 from genkit.rng import ItemRNG
@@ -87,6 +89,8 @@ def run(output: Path, *, fresh: bool = False, quiet: bool = False) -> Path:
     seconds["sampling and evaluation"] = time.monotonic() - began
     summary = _summary(results, real, seconds)
     (output / "results.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    for name in ("teacher", "student"):
+        _card(name, output, summary)
     report = _report(output, results, summary)
     _print(console, summary, output, report, time.monotonic() - start)
     return report
@@ -187,6 +191,20 @@ def _summary(results: dict[Setting, Result], real: FeatureSet, seconds: dict[str
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
         "protocol": next(iter(results.values())).protocol.model_dump(),
     }
+
+
+def _card(name: str, output: Path, summary: dict[str, Any]) -> None:
+    """The model card of one pipeline folder: its recipe, and its rows of the table."""
+    config = yaml.safe_load((output / name / "config.yaml").read_text(encoding="utf-8"))
+    metrics = {
+        f"{value} ({row['steps']} steps)": row[value]
+        for row in summary["rows"]
+        if row["model"] == name and row["guider"] is None
+        for value in ("frechet_distance", "class_accuracy")
+    }
+    code = load_lines(output).replace("student", name)
+    card = model_card(config["objective"]["name"], config, metrics, code, title=f"Handwritten digits: {name}")
+    (output / name / "pipeline" / "README.md").write_text(str(card), encoding="utf-8")
 
 
 # -- what is shown ----------------------------------------------------------------------------------------------------

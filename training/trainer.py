@@ -3,11 +3,12 @@
 import logging
 import math
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+import yaml
 from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs, DistributedDataParallelKwargs, DistributedType, ProjectConfiguration
 from torch import Tensor
@@ -39,15 +40,14 @@ class Trainer:
     Args:
         run: the parts, from :func:`genkit.training.build.build`.
         quiet: no progress bar.
-        on_step: called with the trainer after every step on every process.
 
     Raises:
         ValueError: settings that do not fit each other, the machine, or what is in ``output_dir``.
         CheckpointError: the checkpoint to resume from is not there, broken, or another run's.
     """
 
-    def __init__(self, run: Run, *, quiet: bool = False, on_step: Callable[["Trainer"], None] | None = None):
-        self.run, self.config, self.objective, self.on_step = run, run.config, run.objective, on_step
+    def __init__(self, run: Run, *, quiet: bool = False):
+        self.run, self.config, self.objective = run, run.config, run.objective
         config = self.config
         check_trackers(config.report_to)
         phases = self._phases()
@@ -109,9 +109,17 @@ class Trainer:
                 last checkpoint.
             CheckpointError: a checkpoint could not be written.
         """
+        with self._signals.listening():
+            for _ in self.steps():
+                pass
+
+    def steps(self) -> Iterator[int]:
+        """The same, a step at a time: yields the number of steps taken. Signals are left to the caller."""
         config = self.config
         if self.accelerator.is_main_process:
             config.output_dir.mkdir(parents=True, exist_ok=True)
+            settings = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+            (config.output_dir / "config.yaml").write_text(settings, encoding="utf-8")
             checkpoint.clean(config.output_dir)
         if config.report_to:
             settings = flatten(config.model_dump(mode="json"))
@@ -129,22 +137,22 @@ class Trainer:
         )
         saved = self.step
         try:
-            with self._signals.listening():
-                while self.step < config.max_train_steps:
-                    values = self._train_step(stream)
-                    self.step += 1
-                    self.metrics.add(self.step, values)
-                    self._periodic()
-                    last = self.step == config.max_train_steps
-                    if self._stop or last or self.step % config.checkpointing_steps == 0:
-                        self.save()
-                        saved = self.step
-                    if self._stop and not last:
-                        raise Stopped(
-                            f"{signal.Signals(self._stop).name}: stopped after step {self.step}, which is saved in "
-                            f"{config.output_dir}; go on with resume=latest",
-                            128 + self._stop,
-                        )
+            while self.step < config.max_train_steps:
+                values = self._train_step(stream)
+                self.step += 1
+                self.metrics.add(self.step, values)
+                self._periodic()
+                last = self.step == config.max_train_steps
+                if self._stop or last or self.step % config.checkpointing_steps == 0:
+                    self.save()
+                    saved = self.step
+                if self._stop and not last:
+                    raise Stopped(
+                        f"{signal.Signals(self._stop).name}: stopped after step {self.step}, which is saved in "
+                        f"{config.output_dir}; go on with resume=latest",
+                        128 + self._stop,
+                    )
+                yield self.step
         except DivergedError as error:
             self._flush()
             kept = f"the last good checkpoint is checkpoint-{saved}" if saved else "there is no checkpoint yet"
@@ -255,8 +263,6 @@ class Trainer:
         every = self.config.sampling.every
         if every and self.step % every == 0:
             self._sample()
-        if self.on_step is not None:
-            self.on_step(self)
 
     def _flush(self) -> None:
         for line in self.metrics.flush():

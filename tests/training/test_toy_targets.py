@@ -18,7 +18,7 @@ from genkit.testing.distances import sliced_wasserstein
 from genkit.testing.oracles import eight_gaussians
 from genkit.training.build import Run
 from genkit.training.config import TrainConfig
-from genkit.training.objectives.base import Batch
+from genkit.training.objectives.base import Batch, DivergedError
 from genkit.training.objectives.flow_map import FlowMapConfig, FlowMapObjective
 from genkit.training.objectives.flow_matching import FlowMatching, FlowMatchingConfig
 from genkit.training.trainer import Trainer
@@ -147,6 +147,16 @@ def test_flow_matching_alone_needs_many_steps(tmp_path, capsys):
     with capsys.disabled():
         print(f"\nflow matching: SW2 {' / '.join(f'{v:.3f}' for v in got)}, 32 steps {many:.3f} in {seconds:.0f} s")
     assert got[0] > 1 and got[-1] < 1.5 * 0.116 and many < 1.5 * 0.071
+
+
+@pytest.mark.slow
+def test_a_learned_weight_stops_before_it_drowns_the_data(tmp_path):
+    """On a small network the off-diagonal weight grows without bound (40x, SW2 0.4): the run says so and stops."""
+    torch.manual_seed(0)
+    student = FunctionFlowMap(MLP(), Linear())
+    config = FlowMapConfig(loss="lsd", diagonal_fraction=0.5, jvp="finite_difference", learned_weight=True)
+    with pytest.raises(DivergedError, match="learned_weight: the off-diagonal loss is weighted"):
+        train(tmp_path, FlowMapObjective(config, student))
 
 
 def test_a_short_run_learns_to_jump(tmp_path):
