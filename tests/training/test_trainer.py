@@ -28,24 +28,11 @@ def optimizer_state(trainer) -> torch.Tensor:
     return torch.cat([v.flatten().double() for s in states for v in s.values()])
 
 
-class Killed(Exception):
-    pass
-
-
-def kill_after(step):
-    def on_step(trainer):
-        if trainer.step == step:
-            raise Killed
-
-    return on_step
-
-
 @pytest.mark.parametrize("kind", ["digits", "adversarial"])
 def test_resumed_run_is_the_same_bit_for_bit(kind, toys, tmp_path):
     make = getattr(toys, kind)
     whole = toys.run(make(tmp_path / "whole"))
-    with pytest.raises(Killed):
-        make(tmp_path / "parts", on_step=kill_after(13)).train()
+    toys.run(make(tmp_path / "parts"), stop=13)
     assert list(checkpoint.found(tmp_path / "parts")) == [10]
     # The global state of the process that goes on is another one.
     torch.manual_seed(99)
@@ -164,14 +151,19 @@ def test_weights_without_role_are_refused(toys, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_saves_and_stops(number, toys, tmp_path):
-    def on_step(trainer):
+def test_signal_saves_and_stops(number, toys, tmp_path, monkeypatch):
+    trainer = toys.digits(tmp_path)
+    step = trainer._train_step
+
+    def interrupted(stream):
         if trainer.step == 7:
             os.kill(os.getpid(), number)
+        return step(stream)
 
+    monkeypatch.setattr(trainer, "_train_step", interrupted)
     handlers = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
     with pytest.raises(Stopped, match="step 8, which is saved") as stopped:
-        toys.digits(tmp_path, on_step=on_step).train()
+        trainer.train()
     assert stopped.value.code == 128 + number
     assert list(checkpoint.found(tmp_path)) == [8]
     assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)] == handlers
@@ -190,12 +182,13 @@ def test_nan_stops_before_the_update(toys, tmp_path):
     assert logs.read(tmp_path / logs.FILE)[-1]["step"] == 11
 
 
-def test_infinite_gradient_is_not_saved(toys, tmp_path):
-    def poison(trainer):
-        if trainer.step == 10:
-            trainer._norms["student"] = torch.tensor(float("inf"))
+def test_infinite_gradient_is_not_saved(toys, tmp_path, monkeypatch):
+    trainer = toys.digits(tmp_path)
 
-    trainer = toys.digits(tmp_path, on_step=poison)
+    def poison():
+        trainer._norms["student"] = torch.tensor(float("inf"))
+
+    monkeypatch.setattr(trainer, "_periodic", poison)
     with pytest.raises(DivergedError, match="step 10: the gradient of role 'student' has norm inf; there is no"):
         trainer.train()
     assert not checkpoint.found(tmp_path)
@@ -247,8 +240,7 @@ def test_optimizers_of_both_libraries(name, toys, tmp_path):
     whole = toys.run(toys.digits(tmp_path / "whole", max_train_steps=12, optimizer=optimizer))
     assert type(whole.roles["student"].optimizer).__name__.lower() == name.lower()
     assert whole.roles["student"].optimizer.param_groups[0]["betas"] == (0.8, 0.95)
-    with pytest.raises(Killed):
-        toys.digits(tmp_path / "parts", max_train_steps=12, optimizer=optimizer, on_step=kill_after(11)).train()
+    toys.run(toys.digits(tmp_path / "parts", max_train_steps=12, optimizer=optimizer), stop=11)
     parts = toys.run(toys.digits(tmp_path / "parts", max_train_steps=12, optimizer=optimizer, resume="latest"))
     assert torch.equal(weights(whole), weights(parts))
 
@@ -314,17 +306,10 @@ def test_averages_follow_their_formula(toys, tmp_path):
     role = trainer.roles["student"]
     name = "out.bias"
     expected = {d: role.parameters[name].detach().double() for d in (0.9, 0.3)}
-    seen = []
-
-    def on_step(trainer):
-        n = len(seen) + 1
-        seen.append(n)
+    for n in trainer.steps():
         for d in expected:
             keep = min(d, (1 + n) / (10 + n))
             expected[d] = keep * expected[d] + (1 - keep) * role.parameters[name].detach().double()
-
-    trainer.on_step = on_step
-    toys.run(trainer)
     for d, value in expected.items():
         average = role.ema.averages[d][role.ema.names.index(name)]
         assert average.dtype == torch.float32

@@ -38,9 +38,9 @@ def settings(output_dir, **changes) -> dict:
     return values | changes
 
 
-def digits(output_dir, on_step=None, **changes) -> Trainer:
+def digits(output_dir, **changes) -> Trainer:
     config = TrainConfig(**settings(output_dir, **changes)).check()
-    return Trainer(build(config), quiet=True, on_step=on_step)
+    return Trainer(build(config), quiet=True)
 
 
 class Adversarial(Objective):
@@ -85,7 +85,7 @@ class Adversarial(Objective):
             yield Loss((self.frozen(again) - again).square().mean(), {"moment": again.mean()})
 
 
-def adversarial(output_dir, on_step=None, **changes) -> Trainer:
+def adversarial(output_dir, **changes) -> Trainer:
     objective_settings = {k: changes.pop(k) for k in ("diverge_at",) if k in changes}
     config = TrainConfig(**settings(output_dir, **changes))
     with torch.random.fork_rng():
@@ -98,7 +98,7 @@ def adversarial(output_dir, on_step=None, **changes) -> Trainer:
     def inputs(read, device):
         return Batch(read["x0"].to(device), Condition(), read["index"].to(device))
 
-    return Trainer(Run(config, None, student, objective, EightGaussians(), inputs), quiet=True, on_step=on_step)
+    return Trainer(Run(config, None, student, objective, EightGaussians(), inputs), quiet=True)
 
 
 class _Callable(nn.Module):
@@ -110,8 +110,11 @@ class _Callable(nn.Module):
         return self.network(x)
 
 
-def run(trainer: Trainer) -> Trainer:
-    trainer.train()
+def run(trainer: Trainer, stop: int | None = None) -> Trainer:
+    """Train; with ``stop`` as if killed after that step."""
+    for step in trainer.steps():
+        if step == stop:
+            break
     return trainer
 
 
