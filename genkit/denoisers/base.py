@@ -199,11 +199,14 @@ class Denoiser(ABC):
         """Evaluate the same ``z`` under several conditions, in one batch of ``len(conditions) * B``."""
         if timestep is None:
             timestep = self.interpolant.timestep(t)
-        t = torch.as_tensor(t, device=z.device)
-        timestep = torch.as_tensor(timestep, device=z.device)
         n = len(conditions)
         self.calls += n
-        times, steps = t.expand(len(z)).contiguous(), timestep.expand(len(z)).contiguous()
+        # The network gets times no wider than it needs; the prediction keeps the scalar on the CPU, where looking at its
+        # value does not wait for a GPU.
+        wide = torch.promote_types(z.dtype, torch.float32)
+        times = torch.as_tensor(t, dtype=wide, device=z.device).expand(len(z)).contiguous()
+        steps = torch.as_tensor(timestep, device=z.device).expand(len(z)).contiguous()
+        t = torch.as_tensor(t, device=z.device if torch.as_tensor(t).ndim else None)
         if n == 1:
             raws: Sequence[Tensor] = [self.forward(z, times, steps, conditions[0])]
         else:

@@ -64,7 +64,8 @@ class NetworkDenoiser(Denoiser):
             )
         # The first weight's, float8 storage aside: asking Diffusers' ``dtype`` walks the whole network.
         dtype = next((p.dtype for p in self.inner.parameters() if p.dtype in _COMPUTE_DTYPES), z.dtype)
-        return z.to(dtype), condition.to(dtype)
+        fits = all(v.dtype == dtype for v in condition.values.values() if v.is_floating_point())
+        return z.to(dtype), condition if fits else condition.to(dtype)
 
 
 def texts(prompt: str | Sequence[str], n: int = 1) -> list[str]:
