@@ -30,7 +30,7 @@ from genkit.training.config import TrainConfig
 from genkit.training.trainer import Trainer
 
 BOUND = 1.05
-MODEL = dict(hidden_size=96, num_layers=4, num_heads=4)
+MODEL = dict(patch_size=4, hidden_size=160, num_layers=4, num_heads=4, mlp_ratio=3.0)  # that of the demo
 BATCH, STEPS, LR, CLIP, DECAY = 128, 10**6, 1e-3, 10.0, 0.995
 
 

@@ -164,7 +164,7 @@ class Trainer:
 
     def _train_step(self, stream: Iterator[dict[str, Any]]) -> dict[str, Tensor | float]:
         # Dropout and the like draw from the global state.
-        torch.manual_seed(hash_seed(self.config.seed, self.step, self.accelerator.process_index))
+        _seed(hash_seed(self.config.seed, self.step, self.accelerator.process_index), self.device)
         micro = [self.run.inputs(next(stream), self.device) for _ in range(self.config.gradient_accumulation_steps)]
         self.x0 = micro[0].x0
         values: dict[str, Tensor | float] = {
@@ -300,6 +300,16 @@ class Trainer:
                 yield
         finally:
             module.train(training)
+
+
+def _seed(seed: int, device: torch.device) -> None:
+    """The global random state of the CPU and of ``device``.
+
+    ``torch.manual_seed`` would also queue a call, with its stack, for every kind of GPU that is not in use.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type != "cpu":
+        torch.get_device_module(device).manual_seed(seed)
 
 
 class _HostCopy:

@@ -15,6 +15,8 @@ class TimeFeatures(nn.Module):
     ``t`` is in [0, 1] and is not multiplied by 1000: high frequencies would make ``du/ds`` explode.
     """
 
+    frequencies: Tensor
+
     def __init__(self, dim: int, max_frequency: float):
         super().__init__()
         frequencies = torch.logspace(0, math.log10(max_frequency), dim // 2, dtype=torch.float64)
@@ -98,12 +100,13 @@ class DiT(ModelMixin, ConfigMixin):
         self.gap_embed = nn.Linear(64, hidden_size, bias=False)
         self.class_embed = nn.Embedding(num_classes + 1, hidden_size) if num_classes else None
         self.mix = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, hidden_size), nn.SiLU())
-        self.blocks = nn.ModuleList(Block(hidden_size, num_heads, mlp_ratio) for _ in range(num_layers))
+        blocks = [Block(hidden_size, num_heads, mlp_ratio) for _ in range(num_layers)]
+        self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.modulation = nn.Linear(hidden_size, 2 * hidden_size)
         self.out = nn.Linear(hidden_size, in_channels * patch_size**2)
         self.gradient_checkpointing = False
-        for layer in (self.gap_embed, self.modulation, self.out, *(b.modulation for b in self.blocks)):
+        for layer in (self.gap_embed, self.modulation, self.out, *(b.modulation for b in blocks)):
             nn.init.zeros_(layer.weight)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
@@ -122,10 +125,11 @@ class DiT(ModelMixin, ConfigMixin):
         p = cfg.patch_size
         grid = height // p
         tokens = x.reshape(b, c, grid, p, grid, p).permute(0, 2, 4, 1, 3, 5).reshape(b, grid * grid, c * p * p)
-        h = self.embed((tokens / cfg.sigma_data).to(self.dtype)) + self.position
-        emb = self.time_embed(self.time_features(t).to(self.dtype))
+        dtype = self.embed.weight.dtype  # Diffusers' own attribute walks all weights
+        h = self.embed((tokens / cfg.sigma_data).to(dtype)) + self.position
+        emb = self.time_embed(self.time_features(t).to(dtype))
         if s is not None:
-            emb = emb + self.gap_embed(self.time_features(t - s).to(self.dtype))
+            emb = emb + self.gap_embed(self.time_features(t - s).to(dtype))
         if self.class_embed is not None:
             if class_labels is None:
                 class_labels = torch.full((b,), cfg.num_classes, device=x.device)
