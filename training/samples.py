@@ -13,7 +13,7 @@ from torch import Tensor
 from genkit.eval.inputs import to_uint8
 from genkit.eval.run import evaluate
 from genkit.rng import ItemRNG, hash_seed
-from genkit.sampling import sample
+from genkit.sampling import sample, set_timesteps
 from genkit.schedulers.flow_map import FlowMapScheduler
 from genkit.training.build import Run
 
@@ -45,7 +45,7 @@ class Sampler:
     def draw(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
         """Clean samples ``(num_samples, *shape)``, float32, in the student's space."""
         scheduler = student_scheduler(self.run)
-        scheduler.set_timesteps(self.settings.num_inference_steps, device=device)
+        set_timesteps(scheduler, self.settings.num_inference_steps, device)
         n = self.settings.num_samples
         noise = ItemRNG(hash_seed(self.run.config.seed, 0x73616D70), range(n), device).normal(shape)
         condition = self.run.inputs.condition(self.read, device)
