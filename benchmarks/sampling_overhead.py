@@ -41,7 +41,7 @@ def main() -> None:
     # The bare loop twice: the ratio of the two is the measurement's own noise.
     seconds = paired({"genkit": ours, "bare Euler": bare, "bare Euler again": bare}, rounds=ROUNDS)
     rows = [
-        {"loop": name, "best ms a step": 1e3 * min(s) / STEPS, "ratio to bare Euler": ratio(seconds, name, "bare Euler")}
+        {"loop": name, "best ms a step": 1e3 * min(s) / STEPS, "ratio to bare": ratio(seconds, name, "bare Euler")}
         for name, s in seconds.items()
     ]
     report("sampling_overhead", rows, {"genkit / bare Euler": (ratio(seconds, "genkit", "bare Euler"), 1.03)})

@@ -9,6 +9,7 @@ import importlib.util
 import pkgutil
 import sys
 import threading
+from importlib.abc import Loader
 from types import ModuleType
 
 _lock = threading.RLock()
@@ -26,7 +27,7 @@ class _LazyModule(ModuleType):
                 self.__dict__["_genkit_running"] = True
                 before = set(self.__dict__)
                 try:
-                    self.__spec__.loader.exec_module(self)
+                    _loader(self).exec_module(self)
                 except BaseException as error:
                     # Leave it as it was, so that the next access reports the same error, not a half-made module.
                     for key in set(self.__dict__) - before:
@@ -38,13 +39,18 @@ class _LazyModule(ModuleType):
                         raise ImportError(advice) from error
                     raise
                 else:
-                    self.__class__ = ModuleType
+                    object.__setattr__(self, "__class__", ModuleType)
                 finally:
                     del self.__dict__["_genkit_running"]
         try:
             return self.__dict__[name]
         except KeyError:
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}") from None
+
+
+def _loader(module: ModuleType) -> Loader:
+    assert module.__spec__ is not None and module.__spec__.loader is not None  # _register saw to it
+    return module.__spec__.loader
 
 
 def _register(fullname: str) -> ModuleType | None:
@@ -57,10 +63,9 @@ def _register(fullname: str) -> ModuleType | None:
     module.__spec__ = spec
     module.__loader__ = spec.loader
     module.__file__ = spec.origin
-    module.__cached__ = spec.cached
-    is_package = spec.submodule_search_locations is not None
-    module.__package__ = fullname if is_package else fullname.rpartition(".")[0]
-    if is_package:
+    vars(module)["__cached__"] = spec.cached
+    module.__package__ = spec.parent
+    if spec.submodule_search_locations is not None:
         module.__path__ = spec.submodule_search_locations
     sys.modules[fullname] = module
     parent, _, child = fullname.rpartition(".")

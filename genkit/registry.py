@@ -43,7 +43,7 @@ def members(package: str, base: type[T]) -> dict[str, type[T]]:
 
 def lookup(package: str, base: type[T], name: str, *, setting: str) -> type[T]:
     """The member called ``name``, or a ``ValueError`` that names the setting, the value and the choices."""
-    known = members(package, base)
+    known = members(package, base)  # type: ignore[arg-type]  # mypy does not see that classes are hashable
     if name not in known:
         raise ValueError(unknown(setting, name, known))
     return known[name]
@@ -53,5 +53,5 @@ def unknown(setting: str, value: object, accepted) -> str:
     """The text of an error about ``value``: what was set, what was got, what is accepted, and the nearest match."""
     accepted = sorted(map(str, accepted))
     near = difflib.get_close_matches(str(value), accepted, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    hint = f"; did you mean {near[0]!r}?" if near else "."
     return f"{setting}={value!r} is not known{hint} Accepted: {', '.join(accepted)}."

@@ -224,8 +224,8 @@ def check_fit(denoiser: Denoiser, scheduler, guider: Guider | None = None) -> bo
 
 def _jump(denoiser: FlowMap, x: Tensor, t: Tensor, s: Tensor, condition: Condition) -> Guided:
     denoiser.calls += 1
-    times = [torch.as_tensor(v, device=x.device).expand(len(x)).contiguous() for v in (t, s)]
-    u = denoiser.average_velocity(x, *times, condition)
+    start, end = (torch.as_tensor(v, device=x.device).expand(len(x)).contiguous() for v in (t, s))
+    u = denoiser.average_velocity(x, start, end, condition)
     prediction = Prediction(u, "flow_prediction", denoiser.interpolant, x, t)
     return Guided(prediction, {"cond": prediction})
 

@@ -1,6 +1,7 @@
 """Low-rank adapters through PEFT."""
 
 from pathlib import Path
+from typing import Any
 
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
@@ -27,7 +28,7 @@ def add_lora(student: Denoiser, settings) -> None:
     Raises:
         ValueError: targets that match no layer.
     """
-    network = base_network(student)
+    network: Any = base_network(student)
     names = [n for n, m in network.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
     targets = settings.target_modules or _default(names)
     for target in targets:

@@ -5,6 +5,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -88,11 +89,11 @@ def load_pipeline(name: str, setting: str) -> DiffusionPipeline:
     """
     folder = _folder(name, setting)
     if folder is None:
-        return DiffusionPipeline.from_pretrained(name, torch_dtype=torch.float32)
+        return DiffusionPipeline.from_pretrained(name, dtype=torch.float32)
     index = json.loads((folder / "model_index.json").read_text())
     ours = {cls.__name__: cls for cls in members("genkit.pipelines", DiffusionPipeline).values()}
     cls = ours.get(str(index.get("_class_name")), DiffusionPipeline)
-    return cls.from_pretrained(folder, torch_dtype=torch.float32)
+    return cls.from_pretrained(folder, dtype=torch.float32)
 
 
 def _folder(name: str, setting: str) -> Path | None:
@@ -135,14 +136,14 @@ def _scheduler_class(scheduler: Named) -> type:
 
 
 def _check_arguments(cls: type, settings: dict, section: str) -> None:
-    accepted = [n for n in inspect.signature(cls.__init__).parameters if n not in ("self", "kwargs")]
+    accepted = [n for n in inspect.signature(cls).parameters if n != "kwargs"]
     for key in settings:
         if key not in accepted:
             raise ValueError(unknown(f"unknown key in {section}: key", key, accepted))
 
 
 def _checkpoint_gradients(student: Denoiser) -> None:
-    network = student.module
+    network: Any = student.module
     if not hasattr(network, "enable_gradient_checkpointing"):
         raise ValueError(f"gradient_checkpointing=True, but {type(network).__name__} does not support it")
     network.enable_gradient_checkpointing()

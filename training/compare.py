@@ -72,15 +72,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_intermixed_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         try:
-            runs = [
+            a, b = (
                 _metrics(r, arguments.overrides, Path(folder, str(i))) for i, r in enumerate((arguments.a, arguments.b))
-            ]
+            )
         except (ValueError, FileNotFoundError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
-    difference = first_difference(*runs, arguments.tolerance)
+    difference = first_difference(a, b, arguments.tolerance)
     if difference is None:
-        print(f"no difference in {len(runs[0])} steps")
+        print(f"no difference in {len(a)} steps")
         return 0
     print(f"first difference at step {difference.step}: {difference.key} is {difference.a} and {difference.b}")
     return 1

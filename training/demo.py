@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from diffusers.utils.logging import disable_progress_bar
 from rich.console import Console
 from rich.table import Table as RichTable
+from tqdm.auto import tqdm
 
 from genkit.data.digits import Digits
 from genkit.eval.baseline import real_halves
@@ -71,6 +73,7 @@ def run(output: Path, *, fresh: bool = False, quiet: bool = False) -> Path:
         ValueError: ``fresh`` on a folder that holds something else than a demo.
     """
     console = Console(quiet=quiet)
+    disable_progress_bar()  # Diffusers' own, one for every loading of a small pipeline
     if fresh and output.is_dir():
         _clear(output)
     output.mkdir(parents=True, exist_ok=True)
@@ -85,7 +88,8 @@ def run(output: Path, *, fresh: bool = False, quiet: bool = False) -> Path:
     console.print(f"Sampling and measuring {len(SETTINGS)} settings of 1,797 images each")
     began = time.monotonic()
     real = measure(read_images("digits"), get_extractor("digits"), quiet=True)
-    results = {setting: _evaluate(setting, output, real) for setting in SETTINGS}
+    bar = tqdm(SETTINGS, unit="setting", disable=quiet or None, leave=False)
+    results = {setting: _evaluate(setting, output, real) for setting in bar}
     seconds["sampling and evaluation"] = time.monotonic() - began
     summary = _summary(results, real, seconds)
     (output / "results.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")

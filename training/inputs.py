@@ -29,8 +29,8 @@ class Inputs:
         self.pipe, self.student, self.seed = pipe, student, hash_seed(seed, 0x766165)
         self.name = type(source).__name__
         shape, self.labels, self.prompts = _wanted(student)
-        vae = getattr(pipe, "vae", None)
-        self.vae = vae if vae is not None and shape is not None and source.shape[0] != shape[0] else None
+        vae: Any = getattr(pipe, "vae", None)
+        self.vae: Any = vae if vae is not None and shape is not None and source.shape[0] != shape[0] else None
         if self.vae is not None:
             if source.shape[0] != vae.config.in_channels:
                 raise ValueError(
@@ -102,7 +102,7 @@ def _wanted(student: Denoiser) -> tuple[tuple[int, ...] | None, int | None, bool
     Networks that take prompts take other sizes than the one named too.
     """
     adapter = student.denoiser if isinstance(student, TwoTime) else student
-    config = getattr(base_network(student), "config", {})
+    config: Any = getattr(base_network(student), "config", {})
     names = getattr(adapter, "condition_names", ())
     labels = config.get("num_classes") or (config.get("num_embeds_ada_norm") if "class_labels" in names else None)
     channels, size = config.get("in_channels"), config.get("sample_size")

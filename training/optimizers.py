@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from diffusers.optimization import SchedulerType, get_scheduler
@@ -57,7 +58,7 @@ def make_optimizer(settings, parameters: Sequence[nn.Parameter]) -> Optimizer:
         ValueError: a value that the optimiser refuses.
     """
     cls = check(settings)
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.settings.items()}
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.settings.items()}
     try:
         return cls(parameters, **values)
     except (ValueError, TypeError) as error:

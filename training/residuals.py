@@ -46,7 +46,8 @@ def directional_derivative(fn, primals: tuple, tangents: tuple, how: Jvp, step: 
     if how == "func":
         with sdpa_kernel(SDPBackend.MATH):
             # Expanded inputs are refused by functorch ("single memory location").
-            return torch.func.jvp(fn, tuple(p.contiguous() for p in primals), tuple(q.contiguous() for q in tangents))
+            moved = torch.func.jvp(fn, tuple(p.contiguous() for p in primals), tuple(q.contiguous() for q in tangents))
+            return moved[0], moved[1]
     plus = fn(*(p + step * q for p, q in zip(primals, tangents, strict=True)))
     minus = fn(*(p - step * q for p, q in zip(primals, tangents, strict=True)))
     return (plus + minus) / 2, (plus - minus) / (2 * step)

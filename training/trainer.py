@@ -118,8 +118,8 @@ class Trainer:
         config = self.config
         if self.accelerator.is_main_process:
             config.output_dir.mkdir(parents=True, exist_ok=True)
-            settings = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-            (config.output_dir / "config.yaml").write_text(settings, encoding="utf-8")
+            text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+            (config.output_dir / "config.yaml").write_text(text, encoding="utf-8")
             checkpoint.clean(config.output_dir)
         if config.report_to:
             settings = flatten(config.model_dump(mode="json"))

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -184,6 +185,14 @@ class Denoiser(ABC):
     def forward(self, z: Tensor, t: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
         """Raw output of the network: ``z`` ``(B, ...)``, ``t`` and ``timestep`` ``(B,)``."""
 
+    def encode(self, *args: Any, **inputs: Any) -> Condition:
+        """``encode(pipe, ...)``: what ``pipe`` makes of prompts or labels, where the network belongs to a pipeline.
+
+        Raises:
+            TypeError: it has none.
+        """
+        raise TypeError(f"{type(self).__name__} belongs to no pipeline that could encode {sorted(inputs)}")
+
     def __call__(
         self, z: Tensor, t: Tensor, condition: Condition | None = None, *, timestep: Tensor | None = None
     ) -> Prediction:
@@ -201,8 +210,8 @@ class Denoiser(ABC):
             timestep = self.interpolant.timestep(t)
         n = len(conditions)
         self.calls += n
-        # The network gets times no wider than it needs; the prediction keeps the scalar on the CPU, where looking at its
-        # value does not wait for a GPU.
+        # The network gets times no wider than it needs; the prediction keeps a scalar on the CPU, where looking at it
+        # does not wait for a GPU.
         wide = torch.promote_types(z.dtype, torch.float32)
         times = torch.as_tensor(t, dtype=wide, device=z.device).expand(len(z)).contiguous()
         steps = torch.as_tensor(timestep, device=z.device).expand(len(z)).contiguous()

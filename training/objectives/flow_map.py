@@ -22,7 +22,7 @@ from genkit.training.objectives.base import (
     Role,
     drop_condition,
 )
-from genkit.training.residuals import eulerian, lagrangian, progressive
+from genkit.training.residuals import Jvp, StopGrad, eulerian, lagrangian, progressive
 
 
 class FlowMapConfig(ObjectiveConfig):
@@ -40,8 +40,8 @@ class FlowMapConfig(ObjectiveConfig):
 
     loss: Literal["lsd", "esd", "psd_m", "psd_u"] = "lsd"
     diagonal_fraction: float = Field(0.75, gt=0, le=1)
-    stopgrad: Literal["none", "convex", "full"] | None = None
-    jvp: Literal["func", "finite_difference"] = "func"
+    stopgrad: StopGrad | None = None
+    jvp: Jvp = "func"
     jvp_step: float = Field(5e-3, gt=0, lt=0.5)
     t_min: float = Field(0.0, ge=0, lt=1)
     t_max: float = Field(1.0, gt=0, le=1)
@@ -131,8 +131,8 @@ class FlowMapObjective(Objective):
     def _diagonal_target(self, x: Tensor, t: Tensor, condition: Condition, target: Tensor, dropped: Tensor) -> Tensor:
         """Velocity that the diagonal regresses to: the data's, guided if asked for.
 
-        Without teacher ``v_c + (1 - 1/w) (u(x,t,t|c) - u(x,t,t|null))``: the fixed point is ``u_null + w (v - u_null)``;
-        items whose condition was dropped keep the plain target, so that the unconditional branch stays unguided.
+        Without teacher ``v_c + (1 - 1/w) (u(x,t,t|c) - u(x,t,t|null))``, whose fixed point is ``u_n + w (v - u_n)``.
+        Items whose condition was dropped keep the plain target, so that the unconditional branch stays unguided.
         """
         w = self.config.guidance_scale
         if self.teacher is not None and (w != 1 or self.config.loss.startswith("psd")):
@@ -164,7 +164,7 @@ class FlowMapObjective(Objective):
             return u(x_, t_, t_) if self.teacher is None else self._teacher_velocity(x_, t_, condition)
 
         if c.loss == "lsd":
-            kind = c.stopgrad or "convex"
+            kind: StopGrad = c.stopgrad or "convex"
             return lagrangian(u, velocity, x, t, s, stopgrad=kind, jvp=c.jvp, step=c.jvp_step)
         if c.loss == "esd":
             kind = c.stopgrad or "full"
@@ -190,6 +190,8 @@ class LossWeight(nn.Module):
 
     128 cosine features of each time, averaged, through one bias-free linear layer.
     """
+
+    frequencies: Tensor
 
     def __init__(self, features: int = 128):
         super().__init__()
