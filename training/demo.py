@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -50,9 +51,8 @@ class Setting:
 
     @property
     def title(self) -> str:
-        return f"{self.model}, {self.steps} step{'s' if self.steps > 1 else ''}" + (
-            f", {self.guider}" if self.guider else ""
-        )
+        guider = f", {self.guider.partition(':')[0].upper()}" if self.guider else ""
+        return f"{self.model}, {self.steps} step{'s' if self.steps > 1 else ''}{guider}"
 
 
 GUIDERS = ("cfg:guidance_scale=2", "apg:guidance_scale=2,eta=0,norm_threshold=2.5,momentum=-0.5")
@@ -63,11 +63,14 @@ SETTINGS = (
 )
 
 
-def run(output: Path, *, fresh: bool = False, quiet: bool = False) -> Path:
+def run(
+    output: Path, *, fresh: bool = False, quiet: bool = False, overrides: Mapping[str, Sequence[str]] | None = None
+) -> Path:
     """Make everything below ``output`` that is not there yet; returns the path of the report.
 
     Args:
         fresh: start over: what an earlier demo left in ``output`` is deleted.
+        overrides: ``key=value`` settings that replace those of the recipe of ``teacher`` or ``student``.
 
     Raises:
         ValueError: ``fresh`` on a folder that holds something else than a demo.
@@ -80,11 +83,12 @@ def run(output: Path, *, fresh: bool = False, quiet: bool = False) -> Path:
     (output / "demo.json").write_text(json.dumps({"made_by": "genkit demo"}) + "\n", encoding="utf-8")
     start = time.monotonic()
     seconds = {}
-    for name, recipe, overrides in (
+    for name, recipe, own in (
         ("teacher", "flow_matching", []),
         ("student", "flow_map_lsd", [f"model.pretrained={output / 'teacher' / 'pipeline'}"]),
     ):
-        seconds[name] = _train(name, recipe, overrides, output, console, quiet)
+        changes = [*own, *(overrides or {}).get(name, ())]
+        seconds[name] = _train(name, recipe, changes, output, console, quiet)
     console.print(f"Sampling and measuring {len(SETTINGS)} settings of 1,797 images each")
     began = time.monotonic()
     real = measure(read_images("digits"), get_extractor("digits"), quiet=True)
@@ -236,7 +240,7 @@ def _report(output: Path, results: dict[Setting, Result], summary: dict[str, Any
     ]
     names = ("frechet_distance", "class_accuracy", "precision", "recall", "density", "coverage")
     halves = summary["real_halves_frechet_distance"]
-    rows = [[s.title, r.nfe, *(r.values[n] for n in names)] for s, r in results.items()]
+    rows: list[list[Any]] = [[s.title, int(r.nfe or 0), *(r.values[n] for n in names)] for s, r in results.items()]
     rows.append(["two disjoint halves of the real images", None, halves, *[None] * 5])
     ratios = [[name, value, summary["targets"][name]] for name, value in summary["ratios"].items()]
     seconds = [[name, value] for name, value in summary["seconds"].items()]
@@ -275,7 +279,7 @@ def _report(output: Path, results: dict[Setting, Result], summary: dict[str, Any
         ),
         Section("Why guidance raises the distance here", _why(results)),
         Section("Use the models", [Code(load_lines(output)), Table(["part", Column("seconds", digits=4)], seconds)]),
-        Section("Protocol", [ProtocolBlock(summary["protocol"])]),
+        Section("Protocol", [ProtocolBlock({**summary["protocol"], "guiders": ", ".join(GUIDERS), "seed": SEED})]),
         subtitle="genkit demo",
     )
 
@@ -303,7 +307,9 @@ def _why(results: dict[Setting, Result]) -> list:
         rows = []
         for s, r in results.items():
             if s.model == "teacher" and s.steps == n:
-                rows.append([s.title, r.nfe, *(r.values[k] for k in ("frechet_distance", "class_accuracy", "recall"))])
+                rows.append(
+                    [s.title, int(r.nfe or 0), *(r.values[k] for k in ("frechet_distance", "class_accuracy", "recall"))]
+                )
         blocks.append(Table(["setting", "network calls", "Frechet distance", "class accuracy", "recall"], rows))
     return blocks
 
@@ -331,12 +337,14 @@ def _plot(results: dict[Setting, Result], halves: float):
             for s, r in results.items()
             if s.model == model and (s.guider.partition(":")[0] if s.guider else None) == guider
         ]
-        label = model if guider is None else f"{model}, {guider.upper()} 2"
+        label = model if guider is None else f"{model}, {guider.upper()}"
         axes.plot(*zip(*points, strict=True), style, label=label)
     axes.axhline(halves, color="grey", linestyle=":", label="two real halves")
     axes.set(xscale="log", yscale="log", xlabel="network calls an image", ylabel="Frechet distance")
     calls = [1, 2, 4, 8, 16, 32, 64]
     axes.set_xticks(calls, map(str, calls))
+    distances = [2.5, 5, 10, 20, 40, 80]
+    axes.set_yticks(distances, map(str, distances))
     axes.minorticks_off()
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
@@ -348,7 +356,7 @@ def _print(console: Console, summary: dict[str, Any], output: Path, report: Path
     for row in summary["rows"]:
         setting = Setting(row["model"], row["steps"], row["guider"])
         cells = (row["network_calls"], row["frechet_distance"], row["class_accuracy"], row["recall"])
-        table.add_row(setting.title.partition(":")[0], *(f"{v:.4g}" for v in cells))
+        table.add_row(setting.title, *(f"{v:.4g}" for v in cells))
     table.add_row("two real halves", "", f"{summary['real_halves_frechet_distance']:.4g}", "", "")
     console.print(table)
     for name, value in summary["ratios"].items():
