@@ -224,6 +224,7 @@ def grid_png(images: Tensor, columns: int, scale: int | None = None) -> bytes:
 
 
 def data_uri(content: bytes, mime: str) -> str:
+    """``content`` as an address that holds it, so that the page needs no other file."""
     return f"data:{mime};base64,{base64.b64encode(content).decode('ascii')}"
 
 

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from diffusers import ComponentSpec
 from diffusers.configuration_utils import FrozenDict
 from diffusers.guiders import BaseGuidance
@@ -16,12 +17,18 @@ from diffusers.guiders.guider_utils import GuiderOutput
 __all__ = [
     "GuiderOutput",
     "component_names",
+    "execution_device",
     "identifier",
     "prepare_batch",
     "put_component",
     "quiet_construction",
     "restore_component",
 ]
+
+
+def execution_device(pipe) -> torch.device:
+    """Where a pipeline computes, also while its networks wait elsewhere (offloading)."""
+    return pipe._execution_device
 
 
 def prepare_batch(data: dict, slot: int, name: str, block_state=None):

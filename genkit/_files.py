@@ -16,6 +16,7 @@ from torch import nn
 
 
 def contiguous(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors as safetensors takes them."""
     return {key: value.detach().contiguous() for key, value in tensors.items()}
 
 
@@ -36,6 +37,7 @@ def written(folder: Path) -> Iterator[Path]:
 
 
 def read_tensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file; an error names the file and what is wrong with it."""
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing; found {listing(file.parent)}")
     try:
@@ -48,6 +50,7 @@ def read_tensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
 
 
 def read_json(file: Path) -> dict[str, Any]:
+    """A JSON file's content; an error names the file and what is wrong with it."""
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing; found {listing(file.parent)}")
     try:
@@ -57,10 +60,12 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def listing(folder: Path) -> str:
+    """Names of what is in ``folder``, for an error."""
     return ", ".join(sorted(path.name for path in folder.iterdir())[:10]) or "an empty folder"
 
 
 def load_into(module: nn.Module, tensors: Mapping[str, torch.Tensor], file: Path) -> None:
+    """``module.load_state_dict(tensors)``, refused as a whole where a name or a shape differs."""
     wanted = {key: tuple(value.shape) for key, value in module.state_dict().items()}
     found = {key: tuple(value.shape) for key, value in tensors.items()}
     different = [key for key in sorted(wanted.keys() | found.keys()) if wanted.get(key) != found.get(key)]

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 import genkit
 from genkit._files import contiguous, load_into, local, read_json, read_tensors, written
+from genkit.denoisers.base import FlowMap
 from genkit.denoisers.network import NetworkDenoiser, from_pipeline
 from genkit.denoisers.two_time import GapEmbedder, TwoTime
 
@@ -49,7 +50,7 @@ def save_flow_map(folder: str | Path, flow_map: TwoTime, *, adapter_name: str | 
     with written(Path(folder)) as part:
         save_file(contiguous(flow_map.network.gap_embedder.state_dict()), part / EMBEDDER_NAME)
         if adapters:
-            _save_lora(part, inner, adapter_name or adapters[0])
+            save_lora_weights(part, inner, adapter_name or adapters[0])
         else:
             save_file(contiguous(inner.state_dict()), part / NETWORK_NAME)
         (part / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
@@ -72,7 +73,7 @@ def load_flow_map(
         ValueError: truncated files, or a student of another network, prediction type or path.
     """
     denoiser = target if isinstance(target, NetworkDenoiser) else from_pipeline(target)
-    if not isinstance(denoiser, NetworkDenoiser):
+    if not isinstance(denoiser, NetworkDenoiser) or isinstance(denoiser, FlowMap):
         raise ValueError(
             f"target={type(target).__name__} holds a network of two times, which is its own flow map; load it with "
             "from_pretrained"
@@ -110,7 +111,8 @@ def _prefix(network: Any) -> str:
     return "unet" if "UNet" in type(network).__name__ else "transformer"
 
 
-def _save_lora(folder: Path, network: Any, adapter_name: str) -> None:
+def save_lora_weights(folder: Path, network: Any, adapter_name: str) -> None:
+    """The LoRA of ``network`` as ``pytorch_lora_weights.safetensors``, in Diffusers' names, with its alpha."""
     from diffusers.loaders.lora_base import LoraBaseMixin
     from diffusers.utils import convert_state_dict_to_diffusers
     from peft import get_peft_model_state_dict

@@ -233,7 +233,7 @@ def test_a_full_disk_leaves_the_previous_student_whole(saved, tmp_path, tiny_pip
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("genkit._flow_map_files._save_lora", full)
+    monkeypatch.setattr("genkit._flow_map_files.save_lora_weights", full)
     with pytest.raises(OSError, match="No space left"):
         hub.save_flow_map(folder, student(tiny_pipeline("sd3")))
     assert {f.name: f.read_bytes() for f in folder.iterdir()} == before

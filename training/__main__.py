@@ -15,15 +15,21 @@ def train(config: TrainConfig, *, quiet: bool = False) -> Path:
     Raises:
         ValueError, DivergedError, CheckpointError, Stopped: as :class:`genkit.training.trainer.Trainer`.
     """
+    from accelerate import PartialState
+
     from genkit.training.build import build
     from genkit.training.export import export
     from genkit.training.trainer import Trainer
 
-    trainer = Trainer(build(config), quiet=quiet)
-    trainer.train()
-    folder = export(trainer) if trainer.accelerator.is_main_process else config.output_dir
-    trainer.accelerator.wait_for_everyone()
-    return folder
+    try:
+        trainer = Trainer(build(config), quiet=quiet)
+        trainer.train()
+        folder = export(trainer) if trainer.accelerator.is_main_process else config.output_dir
+        trainer.accelerator.wait_for_everyone()
+        return folder
+    finally:
+        # Left to the interpreter's end, the threads of a process group abort now and then.
+        PartialState().destroy_process_group()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -6,7 +6,7 @@ from typing import Any
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
-from genkit._flow_map_files import _save_lora
+from genkit._flow_map_files import save_lora_weights
 from genkit.denoisers import TwoTime
 from genkit.denoisers.base import Denoiser
 from genkit.denoisers.network import unwrap
@@ -58,5 +58,5 @@ def _default(names: list[str]) -> list[str]:
 def save_lora(student: Denoiser, folder: Path) -> Path:
     """Write the LoRA, with its alpha, as the file that ``pipe.load_lora_weights`` takes."""
     folder.mkdir(parents=True, exist_ok=True)
-    _save_lora(folder, base_network(student), "default")
+    save_lora_weights(folder, base_network(student), "default")
     return folder

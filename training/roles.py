@@ -105,5 +105,6 @@ def own_buffers(objective: Objective) -> dict[str, Tensor]:
 
 
 def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """The buffers of ``module`` that its state holds."""
     saved: Mapping[str, Tensor] = module.state_dict(keep_vars=True)
     return {n: b for n, b in module.named_buffers() if n in saved}

@@ -9,6 +9,8 @@ from genkit.eval.metrics.base import FeatureSet, Metric
 
 
 class PRDC(NamedTuple):
+    """Precision, recall, density and coverage of one generated set."""
+
     precision: float
     recall: float
     density: float

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from genkit._diffusers import execution_device
 from genkit.denoisers.base import Condition
 from genkit.denoisers.network import NetworkDenoiser, texts
 
@@ -88,7 +89,7 @@ class Flux(NetworkDenoiser):
 
         def values(batch: list[str]) -> dict[str, Tensor]:
             embeds, pooled, _ = pipe.encode_prompt(
-                prompt=batch, prompt_2=None, device=pipe._execution_device, max_sequence_length=max_sequence_length
+                prompt=batch, prompt_2=None, device=execution_device(pipe), max_sequence_length=max_sequence_length
             )
             made = {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
             if self.inner.config.guidance_embeds:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from genkit._diffusers import execution_device
 from genkit.denoisers.base import Condition
 from genkit.denoisers.network import NetworkDenoiser, texts
 
@@ -48,7 +49,7 @@ class SD3(NetworkDenoiser):
             prompt=prompts,
             prompt_2=None,
             prompt_3=None,
-            device=pipe._execution_device,
+            device=execution_device(pipe),
             num_images_per_prompt=1,
             do_classifier_free_guidance=True,
             negative_prompt=negative,

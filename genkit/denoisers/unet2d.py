@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from genkit._diffusers import execution_device
 from genkit.denoisers.base import Condition
 from genkit.denoisers.network import NetworkDenoiser, texts
 
@@ -64,7 +65,7 @@ class UNet2D(NetworkDenoiser):
         negative = None if negative_prompt is None else texts(negative_prompt, len(prompts))
         encoded = pipe.encode_prompt(
             prompt=prompts,
-            device=pipe._execution_device,
+            device=execution_device(pipe),
             num_images_per_prompt=1,
             do_classifier_free_guidance=True,
             negative_prompt=negative,

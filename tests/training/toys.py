@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from torch import nn
 
 from genkit.data.eight_gaussians import EightGaussians
@@ -150,3 +151,4 @@ def parallel(folder: Path) -> None:
 
 if __name__ == "__main__":
     parallel(Path(sys.argv[1]))
+    PartialState().destroy_process_group()
