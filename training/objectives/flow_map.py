@@ -33,9 +33,9 @@ class FlowMapConfig(ObjectiveConfig):
     the others. ``jvp``: how ``lsd`` and ``esd`` differentiate (``func``: forward-mode AD; ``finite_difference``:
     central differences of step ``jvp_step`` in ``t``, cheaper, any kernel). ``guidance_scale``: 1 is none; otherwise
     the guidance the student is taught, from the teacher's two branches or, without teacher, its own.
-    ``learned_weight``: divide each loss by its own learned scale; right for large magnitude-preserving networks only:
-    on small ones it lets self-consistency drown the data, so training stops when the off-diagonal is weighted more
-    than ``weight_ratio_limit`` times the diagonal.
+    ``learned_weight``: divide each loss by its own learned scale (see :class:`LossWeight`). Training stops when the
+    off-diagonal is weighted more than ``weight_ratio_limit`` times the diagonal: self-consistency, which can be had
+    without any data, would drown the data.
     """
 
     loss: Literal["lsd", "esd", "psd_m", "psd_u"] = "lsd"
@@ -188,7 +188,10 @@ class FlowMapObjective(Objective):
 class LossWeight(nn.Module):
     """``w(t, s)``: logarithm of the expected squared residual, learned; 0 at the start, kept within [-10, 10].
 
-    128 cosine features of each time, averaged, through one bias-free linear layer.
+    128 cosine features of each time, averaged, through one bias-free linear layer. It is thus a function of ``t`` plus
+    the same function of ``s``, too plain to single out the diagonal ``s = t``. That is wanted: the diagonal residual
+    stays at the variance of the data while the other one falls towards 0, and a weight that told the two apart would
+    favour the second without bound.
     """
 
     frequencies: Tensor
