@@ -1,11 +1,18 @@
 """The trained student in the form in which it is used and shared."""
 
+from contextlib import nullcontext
 from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
 
 from genkit.denoisers import TwoTime
 from genkit.hub import save_flow_map
 from genkit.training.adapters import save_lora
+from genkit.training.build import Run, build
+from genkit.training.roles import TrainedRole
 from genkit.training.samples import student_scheduler
+from genkit.training.sharding import is_sharded
 from genkit.training.trainer import Trainer
 
 
@@ -17,7 +24,10 @@ def export(trainer: Trainer) -> Path:
     """
     run = trainer.run
     output_dir = run.config.output_dir
-    with trainer.averaged():
+    (role, *_) = trainer.roles.values()
+    if is_sharded(list(role.parameters.values())):
+        run = _whole_run(trainer, role)
+    with trainer.averaged() if run is trainer.run else nullcontext():
         if isinstance(run.student, TwoTime):
             return save_flow_map(output_dir / "flow_map", run.student)
         if run.config.adapter.kind == "lora":
@@ -29,3 +39,22 @@ def export(trainer: Trainer) -> Path:
         finally:
             run.pipe.scheduler = before
     return output_dir / "pipeline"
+
+
+def _whole_run(trainer: Trainer, role: TrainedRole) -> Run:
+    """The run made anew on this process, with the weights of the last checkpoint: those in memory are shards."""
+    config = trainer.run.config
+    folder = config.output_dir / f"checkpoint-{trainer.step}"
+    run = build(config)
+    state = dict(run.student.module.named_parameters())
+    if role.ema is None:
+        weights = load_file(folder / f"{role.name}.safetensors")
+    else:
+        prefix = f"{config.ema.decays[0]}/"
+        averages = load_file(folder / f"{role.name}.ema.safetensors")
+        weights = {k.removeprefix(prefix): v for k, v in averages.items() if k.startswith(prefix)}
+    with torch.no_grad():
+        for name, parameter in state.items():
+            if name in weights:
+                parameter.copy_(weights[name])
+    return run

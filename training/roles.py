@@ -9,6 +9,7 @@ from genkit.training.config import Named, TrainConfig
 from genkit.training.ema import EMA
 from genkit.training.objectives.base import Objective, Role
 from genkit.training.optimizers import lr_factor, make_optimizer
+from genkit.training.sharding import whole
 
 
 class TrainedRole:
@@ -47,10 +48,9 @@ class TrainedRole:
         """The norm of the gradient, before it is cut to ``limit``."""
         present = [p for p in self.parameters.values() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in present if p.grad is not None])
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         if limit is not None:
             torch.nn.utils.clip_grads_with_norm_(present, limit, norm)
-        return norm
+        return whole(norm)
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Live tensors of a checkpoint by file and name.

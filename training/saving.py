@@ -3,7 +3,6 @@
 import logging
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
@@ -13,6 +12,7 @@ from genkit.training.config import TrainConfig
 from genkit.training.logs import flatten
 from genkit.training.objectives.base import Objective
 from genkit.training.roles import TrainedRole, own_buffers
+from genkit.training.sharding import assign, is_sharded, optimizer_state, whole
 
 logger = logging.getLogger("genkit.training")
 
@@ -58,9 +58,12 @@ class Saving:
             CheckpointError: the disk refused; older checkpoints are whole.
         """
         failure: list[checkpoint.CheckpointError | None] = [None]
-        if self.accelerator.is_main_process:
+        main = self.accelerator.is_main_process
+        sharded = any(is_sharded(list(role.parameters.values())) for role in roles.values())
+        snapshot = self._snapshot(step, roles) if main or sharded else None  # shards are gathered by all together
+        if main and snapshot is not None:
             try:
-                checkpoint.save(self.config.output_dir, self._snapshot(step, roles))
+                checkpoint.save(self.config.output_dir, snapshot)
                 checkpoint.prune(self.config.output_dir, self.config.checkpoints_total_limit, self.resumed_from)
             except checkpoint.CheckpointError as error:
                 failure = [error]
@@ -71,14 +74,14 @@ class Saving:
 
     def _snapshot(self, step: int, roles: dict[str, TrainedRole]) -> checkpoint.Snapshot:
         scaler = self.accelerator.scaler
-        optimizers = {name: role.optimizer.state_dict() for name, role in roles.items()}
+        optimizers = whole({name: role.optimizer.state_dict() for name, role in roles.items()})
         info = {
             "optimizers": {name: type(role.optimizer).__name__ for name, role in roles.items()},
             "config": self.config.model_dump(mode="json"),
             "ema_updates": {name: role.ema.updates for name, role in roles.items() if role.ema is not None},
             "scaler": None if scaler is None else scaler.state_dict(),
         }
-        return checkpoint.Snapshot(step, self._tensors(roles), optimizers, info)
+        return checkpoint.Snapshot(step, whole(self._tensors(roles)), optimizers, info)
 
     def load(self, roles: dict[str, TrainedRole]) -> int:
         """Put the roles in the state of the checkpoint to go on from; returns its step, 0 without one.
@@ -99,10 +102,9 @@ class Saving:
                 f"(steps {later}); delete them or set another output_dir"
             )
         self._warn_of_changes(snapshot.info.get("config", {}), path)
-        with torch.no_grad():
-            for name, tensors in wanted.items():
-                for key, tensor in tensors.items():
-                    tensor.copy_(snapshot.tensors[name][key])
+        for name, tensors in wanted.items():
+            for key, tensor in tensors.items():
+                assign(tensor, snapshot.tensors[name][key])
         for name, role in roles.items():
             had, has = snapshot.info["optimizers"].get(name), type(role.optimizer).__name__
             if had != has:
@@ -110,7 +112,8 @@ class Saving:
                     f"{path / checkpoint.OPTIMIZERS} holds the state of {had} for role {name!r}, wanted {has}"
                 )
             try:
-                role.optimizer.load_state_dict(snapshot.optimizers[name])
+                state = optimizer_state(snapshot.optimizers[name], list(role.parameters.values()))
+                role.optimizer.load_state_dict(state)
             except (KeyError, ValueError) as error:
                 raise checkpoint.CheckpointError(
                     f"{path / checkpoint.OPTIMIZERS} does not fit role {name!r}: {error}"

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from genkit.data.loader import batches
 from genkit.rng import ItemRNG, hash_seed
-from genkit.training import checkpoint
+from genkit.training import checkpoint, sharding
 from genkit.training.build import Run
 from genkit.training.health import Health
 from genkit.training.interrupt import Signals, Stopped
@@ -27,7 +27,7 @@ from genkit.training.saving import Saving
 
 logger = logging.getLogger("genkit.training")
 
-_MACHINES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+_MACHINES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP)
 
 
 class Trainer:
@@ -64,7 +64,7 @@ class Trainer:
                 AutocastKwargs(cache_enabled=False),
             ],
         )
-        self._check_machine()
+        self._check_machine(phases)
         if config.allow_tf32:
             torch.backends.cuda.matmul.allow_tf32 = True
         self.device = self.accelerator.device
@@ -87,10 +87,12 @@ class Trainer:
         steps = range(min(self.config.max_train_steps, 10_000))
         return list(dict.fromkeys(p for k in steps for p in self.objective.phases(k)))
 
-    def _check_machine(self) -> None:
+    def _check_machine(self, phases: list[Phase]) -> None:
         kind = self.accelerator.distributed_type
         if kind not in _MACHINES:
             raise ValueError(f"distributed_type={kind.value}: accepted are {', '.join(m.value for m in _MACHINES)}")
+        if kind == DistributedType.FSDP:
+            sharding.check(self.accelerator, self.objective, phases, self.config.sampling.every)
         processes, accumulation = self.accelerator.num_processes, self.config.gradient_accumulation_steps
         if self.config.global_batch_size % (processes * accumulation):
             raise ValueError(

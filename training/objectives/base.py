@@ -105,6 +105,11 @@ class Objective(nn.Module, ABC):
             roles["teacher"] = Role(self.teacher_module, trains=False)
         return roles
 
+    @property
+    def uses_forward_mode(self) -> bool:
+        """Whether losses go through ``torch.func``'s forward mode, which some ways to spread a network forbid."""
+        return False
+
     def phases(self, step: int) -> Sequence[Phase]:
         """What training step ``step`` consists of; the default is one update of the student from one loss."""
         return (Phase("student", trains=("student",)),)

@@ -87,6 +87,10 @@ class FlowMapObjective(Objective):
             roles["weight"] = Role(self.weight)
         return roles
 
+    @property
+    def uses_forward_mode(self) -> bool:
+        return self.config.jvp == "func" and self.config.loss in ("lsd", "esd")
+
     def phases(self, step: int):
         trains = ("student", "weight") if self.weight is not None else ("student",)
         return (Phase("student", trains=trains),)
