@@ -16,8 +16,6 @@ for _family in (
     "schedulers",
     "testing",
     "pipelines",
-    "training",
-    "eval",
     "hub",
     "interpolants",
     "rng",
@@ -39,8 +37,10 @@ __all__ = ["__version__", *_EXPORTS]
 
 
 def __getattr__(name: str):
-    if name in _EXPORTS:
-        import importlib
+    import importlib
 
+    if name in _EXPORTS:
         return getattr(importlib.import_module(_EXPORTS[name]), name)
+    if name in ("training", "eval"):  # no components in them, so nobody needs them registered
+        return importlib.import_module(f"genkit.{name}")
     raise AttributeError(f"module 'genkit' has no attribute {name!r}")

@@ -1,4 +1,7 @@
-"""BibTeX of the papers behind a method: every arXiv id that a method's docstring names is in ``citations.bib``."""
+"""BibTeX of the papers behind a method: those whose arXiv ids its docstring names.
+
+``citations.bib`` has the full entries; of a paper that is not in it the id alone makes one.
+"""
 
 import re
 from importlib import import_module, resources
@@ -74,4 +77,10 @@ def bibtex(target: str) -> str:
         raise ValueError(unknown("method", target, known))
     ids = list(dict.fromkeys(i for name in names for i in known[name]))
     heading = f"% {', '.join(names)}"
-    return "\n\n".join([heading, *(entries()[i] for i in ids)]) + "\n"
+    full = entries()
+    return "\n\n".join([heading, *(full.get(i) or _bare(i) for i in ids)]) + "\n"
+
+
+def _bare(arxiv_id: str) -> str:
+    fields = f"  eprint={{{arxiv_id}}}, archivePrefix={{arXiv}}, url={{https://arxiv.org/abs/{arxiv_id}}}"
+    return f"@misc{{arxiv{arxiv_id},\n{fields}\n}}"

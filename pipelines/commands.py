@@ -29,7 +29,7 @@ def parse_guider(text: str) -> Guider:
     for pair in filter(None, rest.split(",")):
         key, equals, value = pair.partition("=")
         if not equals or key not in accepted:
-            raise ValueError(unknown(f"setting of guider {name!r}", key, accepted))
+            raise ValueError(unknown(f"guider {name!r}: setting", key, accepted))
         try:
             settings[key] = literal_eval(value)
         except (ValueError, SyntaxError):

@@ -1,13 +1,13 @@
 """What the trainer keeps for each trained network: its optimiser, its schedule, its averages."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from genkit.training.config import Named, TrainConfig
 from genkit.training.ema import EMA
-from genkit.training.objectives.base import Objective, Role
+from genkit.training.objectives.base import Objective, Phase, Role
 from genkit.training.optimizers import lr_factor, make_optimizer
 from genkit.training.sharding import whole
 
@@ -66,7 +66,7 @@ class TrainedRole:
         return files
 
 
-def trained_roles(objective: Objective, config: TrainConfig) -> dict[str, TrainedRole]:
+def trained_roles(objective: Objective, config: TrainConfig, phases: Sequence[Phase]) -> dict[str, TrainedRole]:
     """The trained roles; frozen ones are put in eval mode and lose their gradients.
 
     Raises:
@@ -88,7 +88,7 @@ def trained_roles(objective: Objective, config: TrainConfig) -> dict[str, Traine
                 f"belongs to {owners.get(id(parameter), [])} of {list(roles)}"
             )
     trained = {name: TrainedRole(name, role, config) for name, role in roles.items() if role.trains}
-    for phase in objective.phases(0):
+    for phase in phases:
         wrong = [name for name in phase.trains if name not in trained]
         if wrong:
             raise ValueError(

@@ -72,7 +72,8 @@ class Trainer:
             run.pipe.to(self.device)
         self.saving = Saving(config, self.objective, self.accelerator)
         self.wrapped = self.accelerator.prepare(self.objective)
-        self.roles = trained_roles(self.objective, config)
+        self.roles = trained_roles(self.objective, config, phases)
+        self._several = len({p.name for p in phases}) > 1
         self._toggle = any(set(p.trains) != set(self.roles) for p in phases)
         self._norms: dict[str, Tensor] = {}
         self._signals, self._stop = Signals(), 0
@@ -176,7 +177,9 @@ class Trainer:
         for phase in phases:
             for repeat in range(phase.repeats):
                 logs = self._update(phase, repeat, micro)
-                values |= {k if len(phases) == 1 else f"{k}/{phase.name}": v for k, v in logs.items()}
+                # A role's gradient norm names the role already.
+                named = self._several
+                values |= {f"{k}/{phase.name}" if named and "/" not in k else k: v for k, v in logs.items()}
         return values
 
     def _update(self, phase: Phase, repeat: int, micro: list[Batch]) -> dict[str, Tensor]:

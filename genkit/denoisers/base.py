@@ -140,6 +140,15 @@ class Prediction:
         """The same place, another output of the same type."""
         return replace(self, raw=raw)
 
+    def with_value(self, value: Tensor, prediction_type: str) -> "Prediction":
+        """The prediction at the same place that ``value`` of ``prediction_type`` stands for (a velocity, a sample ...).
+
+        Raises:
+            ValueError: as :meth:`genkit.interpolants.Interpolant.convert`.
+        """
+        raw = self.interpolant.convert(value, prediction_type, self.prediction_type, self.z, self.t)
+        return self.with_raw(raw.to(self.raw.dtype))
+
     def moved(self, update: Tensor) -> "Prediction":
         """The prediction whose clean sample is ``sample + update``, formed without going through ``sample``."""
         change = self.interpolant.to_update(update, self.prediction_type, self.t)

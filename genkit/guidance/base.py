@@ -11,7 +11,7 @@ from genkit.denoisers.base import Prediction
 from genkit.guidance.point import Guided, Point
 from genkit.guidance.protocol import ModularProtocol
 
-__all__ = ["Guided", "Guider", "Point", "check_range"]
+__all__ = ["Guided", "Guider", "Point", "check_range", "within"]
 
 
 class Guider(ModularProtocol):
@@ -76,16 +76,17 @@ class Guider(ModularProtocol):
 
     @property
     def neutral(self) -> bool:
-        """Whether the settings make the rule return the conditional prediction everywhere."""
+        """Whether the settings make the rule return the conditional prediction everywhere, at the cost of one call.
+
+        By default that is ``guidance_scale == 1``; a rule that does more than scale overrides it.
+        """
         return getattr(self, "guidance_scale", None) == 1
 
     def active(self, t: Tensor) -> bool:
         """Whether the rule acts at time ``t``, shape ``()``."""
         if not (self._switched_on and self._enabled) or self.neutral:
             return False
-        progress, slack = 1 - float(t), 1e-6  # times in float32 and float64 fall on the same side of an edge
-        after = self.start == 0 or progress >= self.start - slack
-        return after and (self.stop == 1 or progress <= self.stop + slack)
+        return within(t, self.start, self.stop)
 
     def guide(self, point: Point, state: Any) -> tuple[Guided, Any]:
         """The rule: what to follow at ``point``, and the state for the next evaluation.
@@ -111,6 +112,13 @@ class Guider(ModularProtocol):
     def combine(self, parts: dict[str, Prediction], state: Any) -> tuple[Prediction, Any]:
         """``parts["cond"]`` and ``parts["uncond"]`` to the prediction to follow; ``state`` as in :meth:`guide`."""
         raise NotImplementedError(f"{type(self).__name__} implements neither combine nor guide")
+
+
+def within(t: Tensor, start: float, stop: float) -> bool:
+    """Whether time ``t``, shape ``()``, lies in the window of positions ``1 - t``, both ends included; 0 and 1 are open
+    ends."""
+    progress, slack = 1 - float(t), 1e-6  # times in float32 and float64 fall on the same side of an edge
+    return (start == 0 or progress >= start - slack) and (stop == 1 or progress <= stop + slack)
 
 
 def check_range(

@@ -22,10 +22,19 @@ class Point:
     timestep: Tensor | None
     condition: Condition
 
+    def prediction(self, value: Tensor, prediction_type: str) -> Prediction:
+        """A prediction at this point that no network made, from its value in any parametrisation."""
+        here = Prediction(value, self.denoiser.prediction_type, self.denoiser.interpolant, self.z, self.t)
+        return here.with_value(value, prediction_type)
+
 
 @dataclass
 class Guided:
-    """What a guider answers: the prediction to follow, the ones it was made from, and ``z`` if it moved the point."""
+    """What a guider answers: the prediction to follow, the ones it was made from, and ``z`` if it moved the point.
+
+    ``parts`` names the evaluations behind the answer for whoever looks at them later (particles, ``stats``): ``cond``
+    and ``uncond`` by custom, more or none where the rule made others or none.
+    """
 
     prediction: Prediction
     parts: dict[str, Prediction]
