@@ -27,7 +27,8 @@ from genkit.training.saving import Saving
 
 logger = logging.getLogger("genkit.training")
 
-_MACHINES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP)
+# One process, DDP on any kind of device, FSDP.
+_MACHINES = [kind for kind in DistributedType if kind.name in ("NO", "FSDP") or kind.name.startswith("MULTI_")]
 
 
 class Trainer:
