@@ -3,6 +3,7 @@
 import functools
 import inspect
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -99,7 +100,7 @@ def _before(scheduler, method: str, action) -> Iterator[None]:
             setattr(scheduler, method, shadowed)
 
 
-class _Hook:
+class _Hook(ABC):
     """What the two ways of evaluating branches share. As a forward hook it returns the output to use instead."""
 
     def __init__(self, pipe, guider: Guider, family: str):
@@ -119,6 +120,7 @@ class _Hook:
     def reset(self) -> None:
         self.run.reset()
 
+    @abstractmethod
     def check_answered(self) -> None:
         """Called before the scheduler's step."""
 
@@ -131,8 +133,9 @@ class _Hook:
             raise ValueError("skip_guidance_layers adds a third prediction; leave it out inside `guided`")
         return self.answer(Call(args, kwargs), output)
 
+    @abstractmethod
     def answer(self, call: Call, output):
-        raise NotImplementedError
+        """The output to use in place of ``output`` of ``call``."""
 
     def guide(self, calls: list[Call], cond: Tensor, uncond: Tensor, rows: tuple[int, int]) -> Tensor:
         """The raw guided prediction, ``(B, ...)``, of the shape of the sample."""
@@ -161,6 +164,9 @@ class _Hook:
 
 class _Doubled(_Hook):
     """One call on ``[uncond; cond]``: the guided prediction twice makes ``u + w (c - u)`` give it back exactly."""
+
+    def check_answered(self) -> None:
+        """Both branches come in one call: nothing can be missing."""
 
     def answer(self, call, output):
         raw = first_output(output)
