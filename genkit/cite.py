@@ -12,7 +12,7 @@ from genkit.registry import unknown
 # The families whose members can be cited, and the base class of each. Names of objectives and recipes meet here.
 FAMILIES = {
     "genkit.guidance": "genkit.guidance.base:Guider",
-    "genkit.schedulers": "diffusers:SchedulerMixin",
+    "genkit.schedulers": "genkit.schedulers.base:PathScheduler",
     "genkit.networks": "diffusers:ModelMixin",
     "genkit.training.objectives": "genkit.training.objectives.base:Objective",
     "genkit.eval.metrics": "genkit.eval.metrics.base:Metric",

@@ -386,13 +386,14 @@ def test_a_class_that_cannot_be_shipped(tmp_path, tiny_pipeline):
 
 def test_stock_loader_finds_every_component_after_import_genkit(tmp_path, tiny_pipeline):
     """One fresh process; remote code is off, since genkit's classes need none."""
-    from diffusers import ModelMixin, SchedulerMixin
+    from diffusers import ModelMixin
 
     from genkit.guidance.base import Guider
     from genkit.registry import members
+    from genkit.schedulers.base import PathScheduler
 
     guiders = list(members("genkit.guidance", Guider).values())
-    schedulers = list(members("genkit.schedulers", SchedulerMixin).values())
+    schedulers = list(members("genkit.schedulers", PathScheduler).values())
     networks = list(members("genkit.networks", ModelMixin).values())
     assert len(guiders) >= 2 and schedulers and networks
     parts = [*guiders, *schedulers, *networks]

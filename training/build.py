@@ -9,7 +9,7 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
+from diffusers import DiffusionPipeline, ModelMixin
 from torch import nn
 
 from genkit.data.base import Source
@@ -17,6 +17,7 @@ from genkit.denoisers import TwoTime, from_pipeline
 from genkit.denoisers.base import Denoiser, FlowMap
 from genkit.registry import lookup, members, unknown
 from genkit.rng import hash_seed
+from genkit.schedulers.base import PathScheduler
 from genkit.training.adapters import add_lora
 from genkit.training.config import Model, Named, TrainConfig
 from genkit.training.inputs import Inputs, synthetic_settings
@@ -126,7 +127,7 @@ def _call(cls, settings: dict, setting: str):
 
 
 def _scheduler_class(scheduler: Named) -> type:
-    ours = {cls.__name__: cls for cls in members("genkit.schedulers", SchedulerMixin).values()}
+    ours = {cls.__name__: cls for cls in members("genkit.schedulers", PathScheduler).values()}
     known = [n for n in dir(diffusers) if n.endswith("Scheduler") and not n.startswith("Flax")]
     if scheduler.name in ours:
         return ours[scheduler.name]

@@ -21,7 +21,7 @@ from genkit.training.build import Run
 def student_scheduler(run: Run):
     """What the student is sampled with: the pipeline's scheduler, or jumps on its path where it learns to jump."""
     if run.objective.needs_flow_map:
-        return FlowMapScheduler.from_teacher(run.pipe.scheduler)
+        return FlowMapScheduler.from_scheduler(run.pipe.scheduler)
     return copy.deepcopy(run.pipe.scheduler)
 
 

@@ -5,7 +5,6 @@ from functools import cached_property
 
 import diffusers
 import torch
-from diffusers import SchedulerMixin
 from diffusers.guiders import BaseGuidance
 from torch import nn
 from torch.utils.hooks import RemovableHandle
@@ -14,6 +13,7 @@ from genkit._diffusers import GuiderOutput, identifier, prepare_batch, quiet_con
 from genkit.guidance.captured import Call, CapturedDenoiser, Run
 from genkit.interpolants import from_scheduler, scheduler_prediction_type
 from genkit.registry import members, unknown
+from genkit.schedulers.base import PathScheduler
 
 
 class ModularProtocol(BaseGuidance):
@@ -109,7 +109,7 @@ class ModularProtocol(BaseGuidance):
 
 def _scheduler(config: dict):
     name = config["_class_name"]
-    ours = {cls.__name__: cls for cls in members("genkit.schedulers", SchedulerMixin).values()}
+    ours = {cls.__name__: cls for cls in members("genkit.schedulers", PathScheduler).values()}
     cls = ours.get(name) or getattr(diffusers, name, None)
     if cls is None:
         raise ValueError(unknown("scheduler_config['_class_name']", name, ours))

@@ -99,7 +99,7 @@ def flow_map_sampling(device: str) -> float:
     for d in (device, "cpu"):
         pipe = tiny.pipeline("dit").to(d)
         student = TwoTime(from_pipeline(pipe))
-        scheduler = FlowMapScheduler.from_teacher(pipe.scheduler)
+        scheduler = FlowMapScheduler.from_scheduler(pipe.scheduler)
         scheduler.set_timesteps(2, d)
         condition = student.encode(pipe, class_labels=[1, 2])
         results.append(sample(student, scheduler, ItemRNG(0, range(2), d).normal((4, 16, 16)), condition))

@@ -70,7 +70,7 @@ def test_config_round_trip_and_swap(tmp_path):
 
 def test_a_student_of_a_variance_preserving_teacher(tmp_path):
     teacher = diffusers.DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
-    FlowMapScheduler.from_teacher(teacher).save_pretrained(tmp_path)
+    FlowMapScheduler.from_scheduler(teacher).save_pretrained(tmp_path)
     scheduler = FlowMapScheduler.from_pretrained(tmp_path)
     scheduler.set_timesteps(1)
     assert scheduler.timesteps.tolist() == [999.0]
@@ -78,8 +78,45 @@ def test_a_student_of_a_variance_preserving_teacher(tmp_path):
     assert isinstance(path, DiscreteVP) and scheduler_prediction_type(scheduler) == "epsilon"
     t = path.time(torch.tensor([500]))
     assert path.alpha(t).item() ** 2 == pytest.approx(teacher.alphas_cumprod[500].item(), rel=1e-6)
-    flow = FlowMapScheduler.from_teacher(diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), shift=1.0)
+    flow = FlowMapScheduler.from_scheduler(diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), shift=1.0)
     assert isinstance(from_scheduler(flow), Linear) and flow.config.path is None
+
+
+def test_the_scheduler_of_a_pipeline_can_be_swapped_either_way():
+    ddim = diffusers.DDIMScheduler(beta_schedule="scaled_linear", prediction_type="v_prediction", steps_offset=1)
+    flow = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    for swap in (FlowMapScheduler.from_scheduler, lambda s, **kw: FlowMapScheduler.from_config(s.config, **kw)):
+        scheduler = swap(ddim, timestep_spacing="leading")
+        assert isinstance(scheduler.interpolant, DiscreteVP) and scheduler.prediction_type == "v_prediction"
+        scheduler.set_timesteps(4)
+        ddim.set_timesteps(4)
+        assert scheduler.timesteps.tolist() == ddim.timesteps.tolist()
+        scheduler = swap(flow, stochastic=True)
+        assert (
+            isinstance(scheduler.interpolant, Linear) and scheduler.config.shift == 3.0 and scheduler.config.stochastic
+        )
+        assert swap(scheduler).config.stochastic
+    assert swap(flow, shift=1.0).config.shift == 1.0
+
+
+@pytest.mark.parametrize("spacing", ["linspace", "trailing"])
+def test_spacings_are_those_of_diffusers(spacing):
+    ddim = diffusers.DDIMScheduler(timestep_spacing=spacing)
+    scheduler = FlowMapScheduler.from_scheduler(ddim)
+    assert scheduler.config.timestep_spacing == spacing
+    for n in (3, 30):
+        ddim.set_timesteps(n)
+        scheduler.set_timesteps(n)
+        assert scheduler.timesteps.tolist() == ddim.timesteps.tolist()
+
+
+def test_sigmas_of_a_variance_preserving_path_are_noise_levels():
+    scheduler = FlowMapScheduler.from_scheduler(diffusers.DDIMScheduler())
+    scheduler.set_timesteps(sigmas=[14.6, 1.0, 0.1, 0.0])
+    path, t = scheduler.interpolant, scheduler.times[:-1]
+    assert (path.sigma(t) / path.alpha(t)).tolist() == pytest.approx([14.6, 1.0, 0.1])
+    with pytest.raises(ValueError, match="noise level ends at"):
+        scheduler.set_timesteps(sigmas=[1e6, 1.0])
 
 
 @pytest.mark.parametrize(

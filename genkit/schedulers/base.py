@@ -1,0 +1,254 @@
+"""What genkit's schedulers share: the path they walk, the times they visit, and the attributes that pipelines touch."""
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import diffusers
+import torch
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils import BaseOutput
+from torch import Tensor
+
+from genkit.interpolants import Interpolant, Linear, from_scheduler, scheduler_prediction_type
+from genkit.registry import unknown
+
+SPACINGS = ("uniform", "linspace", "leading", "trailing")
+
+
+@dataclass
+class StepOutput(BaseOutput):
+    """``prev_sample``: the sample at the end of the step, shape ``(B, ...)``."""
+
+    prev_sample: Tensor
+
+
+class PathScheduler(SchedulerMixin, ConfigMixin):
+    """A scheduler that walks an interpolant ``x_t = alpha(t) x0 + sigma(t) eps`` from noise to data.
+
+    A subclass decorates its ``__init__`` with ``register_to_config``, takes at least the arguments below, calls
+    ``super().__init__()`` and implements ``step``. It is made from the scheduler that a model came with by
+    ``Subclass.from_scheduler(pipe.scheduler)``, or in Diffusers' way by ``Subclass.from_config(pipe.scheduler.config)``.
+
+    Config:
+        num_train_timesteps: what times are multiplied by to give native timesteps, where there is no ``path``.
+        shift: times are mapped by ``shift t / (1 + (shift - 1) t)``.
+        path: config of the Diffusers scheduler under which the model was trained, with its ``_class_name``, where the
+            path is not the linear one.
+        timestep_spacing: where ``num_inference_steps`` puts the steps: ``uniform`` is ``t_k = 1 - k/N``; ``linspace``,
+            ``leading`` and ``trailing`` are Diffusers' integer timesteps.
+
+    Attributes:
+        interpolant, prediction_type: the path of the network's inputs, and what its raw output is.
+        times: time of every evaluation and the final one, float64, after :meth:`set_timesteps`.
+        timesteps: the native timesteps of the evaluations, one a network call.
+    """
+
+    _compatibles: list[str] = []
+    order = 1
+    init_noise_sigma = 1.0
+
+    def __init__(self):
+        config = self.config
+        if config.get("shift", 1.0) <= 0:
+            raise ValueError(f"shift={config.shift}: must be positive")
+        if config.get("timestep_spacing", "uniform") not in SPACINGS:
+            raise ValueError(unknown("timestep_spacing", config.timestep_spacing, SPACINGS))
+        self.interpolant, self.prediction_type = self._path()
+        self.num_inference_steps: int | None = None
+        total = config.num_train_timesteps
+        self._begin_index: int | None = None
+        self._set(torch.linspace(1, 1 / total, total, dtype=torch.float64), None)
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        # Diffusers' loader looks the base class up in the module that defines the component.
+        vars(sys.modules[cls.__module__]).setdefault("SchedulerMixin", SchedulerMixin)
+
+    # -- the path -----------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_scheduler(cls, scheduler, **kwargs):
+        """This scheduler for a model that is sampled with ``scheduler``; ``kwargs`` as in the constructor.
+
+        Raises:
+            ValueError: a scheduler of a family without interpolant.
+        """
+        config = dict(scheduler.config)
+        if isinstance(scheduler, PathScheduler):
+            return cls(**{k: v for k, v in config.items() if k in cls._settings()} | kwargs)
+        return cls.from_config({**config, "_class_name": type(scheduler).__name__}, **kwargs)
+
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs):
+        """As in Diffusers; the config of a scheduler of Diffusers becomes the path.
+
+        Raises:
+            ValueError: a scheduler of a family without interpolant.
+        """
+        if isinstance(config, Mapping) and "path" not in kwargs:
+            config = {**config, **cls._foreign(config)}
+        return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
+
+    @classmethod
+    def _settings(cls) -> set[str]:
+        return set(cls._get_init_keys(cls)) - {"self"}
+
+    @classmethod
+    def _foreign(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        """What the config of somebody else's scheduler means here."""
+        if "path" in config:
+            return {}
+        name = config.get("_class_name") or ("DDIMScheduler" if "beta_schedule" in config else None)
+        if name is None or name == cls.__name__:
+            return {}
+        original = _diffusers_scheduler(name, config)
+        if isinstance(from_scheduler(original), Linear):
+            return {"shift": config.get("shift", config.get("flow_shift", 1.0)) or 1.0}
+        plain = (bool, int, float, str, list)
+        return {"path": {**{k: v for k, v in config.items() if v is None or isinstance(v, plain)}, "_class_name": name}}
+
+    def _path(self) -> tuple[Interpolant, str]:
+        path = self.config.path
+        if path is None:
+            return Linear(self.config.num_train_timesteps), "flow_prediction"
+        original = _diffusers_scheduler(path.get("_class_name"), path)
+        return from_scheduler(original), scheduler_prediction_type(original)
+
+    # -- times --------------------------------------------------------------------------------------------------
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        sigmas: list[float] | None = None,
+        timesteps: list[float] | None = None,
+        mu: float | None = None,
+    ) -> None:
+        """Choose the times of the steps, by exactly one of the first, third and fourth, and forget the last run.
+
+        Args:
+            num_inference_steps: ``N``, spaced by ``timestep_spacing`` before the shift.
+            sigmas: decreasing; on the linear path times in (0, 1], shifted like the former (Flux gives them); on others
+                Diffusers' noise levels ``sigma / alpha``. A final 0 may be left out.
+            timesteps: native timesteps, decreasing, taken as they are.
+            mu: logarithm of a shift that replaces the configured one (Flux's dynamic shifting).
+
+        Raises:
+            ValueError: none or several of the three, or times that do not decrease within (0, 1].
+        """
+        given = {"num_inference_steps": num_inference_steps, "sigmas": sigmas, "timesteps": timesteps}
+        chosen = [name for name, value in given.items() if value is not None]
+        if chosen == ["num_inference_steps", "sigmas"] and num_inference_steps == len(sigmas):  # type: ignore[arg-type]
+            chosen = ["sigmas"]
+        if len(chosen) != 1:
+            raise ValueError(f"give exactly one of {', '.join(given)}; got {chosen or 'none'}")
+        shift = self.config.shift if mu is None else float(torch.tensor(mu).exp())
+        if timesteps is not None:
+            t = self.interpolant.time(torch.as_tensor(timesteps).cpu())
+            t = t[:-1] if len(t) and t[-1] == 0 else t
+        elif sigmas is not None:
+            t = _shifted(self._time_of_sigma(torch.as_tensor(sigmas, dtype=torch.float64).cpu()), shift)
+        else:
+            t = _shifted(self._spaced(num_inference_steps), shift)
+        if not len(t) or not bool(((t > 0) & (t <= 1)).all()) or not bool((t[:-1] > t[1:]).all()):
+            raise ValueError(f"{chosen[0]} must give strictly decreasing times in (0, 1], got {t.tolist()[:8]}")
+        self._set(t, device)
+        self.num_inference_steps = len(t)
+
+    def _spaced(self, n: int | None) -> Tensor:
+        if n is None or n < 1:
+            raise ValueError(f"num_inference_steps={n}: must be at least 1")
+        spacing = self.config.get("timestep_spacing", "uniform")
+        if spacing == "uniform":
+            return 1 - torch.arange(n, dtype=torch.float64) / n
+        total = int(getattr(self.interpolant, "num_train_timesteps", self.config.num_train_timesteps))
+        if n > total:
+            raise ValueError(f"num_inference_steps={n}: timestep_spacing={spacing!r} has at most {total} timesteps")
+        if spacing == "linspace":
+            steps = torch.linspace(0, total - 1, n, dtype=torch.float64).round().flip(0)
+        elif spacing == "leading":
+            offset = (self.config.path or {}).get("steps_offset", 0)
+            steps = (torch.arange(n, dtype=torch.float64) * (total // n)).flip(0) + offset
+        else:
+            steps = torch.arange(n, dtype=torch.float64).mul(-total / n).add(total).round() - 1
+        return self.interpolant.time(steps)
+
+    def _time_of_sigma(self, sigmas: Tensor) -> Tensor:
+        if len(sigmas) and sigmas[-1] == 0:
+            sigmas = sigmas[:-1]
+        if isinstance(self.interpolant, Linear):
+            return sigmas
+        # sigma / alpha rises with t on every path: halve the interval until float64 is exhausted.
+        low, high = torch.zeros_like(sigmas), torch.ones_like(sigmas)
+        for _ in range(60):
+            middle = (low + high) / 2
+            above = self.interpolant.sigma(middle) > sigmas * self.interpolant.alpha(middle)
+            low, high = torch.where(above, low, middle), torch.where(above, middle, high)
+        top = self.interpolant.sigma(high.new_ones(())) / self.interpolant.alpha(high.new_ones(()))
+        if len(sigmas) and sigmas[0] > top * (1 + 1e-6):
+            raise ValueError(f"sigmas={sigmas.tolist()[:8]}: the path's noise level ends at {top.item():g}")
+        return high
+
+    def _set(self, t: Tensor, device) -> None:
+        """Take the times of the steps, float64 ``(N,)``; multistage solvers override it to visit times more than once."""
+        self.times = torch.cat((t, t.new_zeros(1)))
+        self.timesteps = self.interpolant.timestep(t).to(device)
+        self.sigmas = self.times.float()
+        self._step_index = self._begin_index = None
+
+    @property
+    def step_index(self) -> int | None:
+        """Index of the evaluation to come, ``None`` before the first."""
+        return self._step_index
+
+    @property
+    def begin_index(self) -> int | None:
+        """Index of the first evaluation where a pipeline starts part of the way."""
+        return self._begin_index
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Start at ``begin_index`` (image to image)."""
+        self._begin_index = begin_index
+
+    def _index(self, timestep) -> int:
+        if self._step_index is not None:
+            return self._step_index
+        if self._begin_index is not None:
+            return self._begin_index
+        value = torch.as_tensor(timestep, dtype=torch.float32).flatten()[0].cpu()
+        hits = (self.timesteps.cpu().float() == value).nonzero()
+        if not len(hits):
+            raise ValueError(f"timestep={value.item()} is not one of scheduler.timesteps")
+        return int(hits[0])
+
+    # -- samples ------------------------------------------------------------------------------------------------
+
+    def scale_model_input(self, sample: Tensor, timestep=None) -> Tensor:
+        """The sample itself."""
+        return sample
+
+    def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
+        """``alpha x0 + sigma eps`` at native ``timestep`` ``(B,)`` (image to image)."""
+        t = self.interpolant.time(torch.as_tensor(timestep, device=sample.device))
+        return self.interpolant.interpolate(sample, noise, t).to(sample.dtype)
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """:meth:`scale_noise` under the argument order of variance-preserving schedulers."""
+        return self.scale_noise(original_samples, timesteps, noise)
+
+    def __len__(self) -> int:
+        return self.config.num_train_timesteps
+
+
+def _shifted(t: Tensor, shift: float) -> Tensor:
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def _diffusers_scheduler(name, config: Mapping[str, Any]):
+    cls = getattr(diffusers, str(name), None)
+    if cls is None:
+        raise ValueError(unknown("path['_class_name']", name, [n for n in dir(diffusers) if n.endswith("Scheduler")]))
+    return cls.from_config({k: v for k, v in config.items() if k != "_class_name"})
