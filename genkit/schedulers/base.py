@@ -29,8 +29,8 @@ class PathScheduler(SchedulerMixin, ConfigMixin):
     """A scheduler that walks an interpolant ``x_t = alpha(t) x0 + sigma(t) eps`` from noise to data.
 
     A subclass decorates its ``__init__`` with ``register_to_config``, takes at least the arguments below, calls
-    ``super().__init__()`` and implements ``step``. It is made from the scheduler that a model came with by
-    ``Subclass.from_scheduler(pipe.scheduler)``, or in Diffusers' way by ``Subclass.from_config(pipe.scheduler.config)``.
+    ``super().__init__()`` and implements ``step``. ``from_scheduler(pipe.scheduler)`` makes one from the
+    scheduler that a model came with, and so does, in Diffusers' way, ``from_config(pipe.scheduler.config)``.
 
     Config:
         num_train_timesteps: what times are multiplied by to give native timesteps, where there is no ``path``.
@@ -193,7 +193,7 @@ class PathScheduler(SchedulerMixin, ConfigMixin):
         return high
 
     def _set(self, t: Tensor, device) -> None:
-        """Take the times of the steps, float64 ``(N,)``; multistage solvers override it to visit times more than once."""
+        """Take the times of the steps, float64 ``(N,)``; multistage solvers override it to visit some more than once."""
         self.times = torch.cat((t, t.new_zeros(1)))
         self.timesteps = self.interpolant.timestep(t).to(device)
         self.sigmas = self.times.float()
