@@ -11,20 +11,8 @@ from tqdm.auto import tqdm
 
 from genkit.denoisers.base import Condition, Denoiser, FlowMap, Prediction
 from genkit.guidance.base import Guided, Guider, Point
+from genkit.guidance.moves import check_moves, moved_sample, remembered
 from genkit.interpolants import Linear, from_scheduler, scheduler_prediction_type
-
-# Where Diffusers' multistep and multistage schedulers keep what they remember of earlier steps, per sample.
-_HISTORY = (
-    "ets",
-    "model_outputs",
-    "derivatives",
-    "prev_derivative",
-    "dt",
-    "sample",
-    "cur_sample",
-    "last_sample",
-    "noise",
-)
 
 
 @dataclass(frozen=True)
@@ -56,7 +44,7 @@ class State:
         if hasattr(self.scheduler, "gather"):
             self.scheduler.gather(index)
         else:
-            held = [name for name in _HISTORY if _holds_tensor(getattr(self.scheduler, name, None))]
+            held = remembered(self.scheduler)
             if held:
                 raise ValueError(
                     f"scheduler={type(self.scheduler).__name__} remembers earlier steps ({', '.join(held)}) and cannot "
@@ -122,10 +110,14 @@ def trajectory(
         step_kwargs: passed to ``scheduler.step`` (``eta`` ...).
 
     Raises:
-        ValueError: denoiser and scheduler do not fit, or a guider on a flow map.
+        ValueError: denoiser and scheduler do not fit, a guider on a flow map, a guider that lacks something or that
+            moves samples under a scheduler that remembers them.
     """
     condition = condition or Condition()
     is_map = check_fit(denoiser, scheduler, guider)
+    if guider is not None:
+        guider.check(tuple(x.shape), condition)
+        guider.start_run()
     expected = scheduler_prediction_type(scheduler)
     timesteps = scheduler.timesteps
     # Times stay on the CPU: coefficients are computed there and no step waits for the device.
@@ -149,10 +141,9 @@ def trajectory(
             guided = Guided(prediction, {"cond": prediction})
         else:
             point = Point(denoiser, z, t, t_next, timestep, condition)
-            guided, guider_state = guider.guide(point, guider_state)
-            if guided.z is not None:  # the guider moved the network's input: move the sample that it was scaled from
-                scale = scheduler.scale_model_input(torch.ones(1, device=x.device), timestep) if z is not x else 1
-                x = x + (guided.z - z) / scale
+            guided, guider_state = guider.evaluate(point, guider_state)
+            if guided.z is not None:
+                x = moved_sample(scheduler, x, guided.z - z, timestep)
         state = State(i, t, t_next, timestep, x, guided, guider_state, scheduler, generators, log_weights)
         if particles is not None:
             state = particles.after_evaluation(state)
@@ -219,6 +210,8 @@ def check_fit(denoiser: Denoiser, scheduler, guider: Guider | None = None) -> bo
             f"scheduler={type(scheduler).__name__} walks the path {type(path).__name__}, but the denoiser was made for "
             f"{type(denoiser.interpolant).__name__}"
         )
+    if guider is not None:
+        check_moves(guider, scheduler)
     return jumps
 
 
@@ -228,9 +221,3 @@ def _jump(denoiser: FlowMap, x: Tensor, t: Tensor, s: Tensor, condition: Conditi
     u = denoiser.average_velocity(x, start, end, condition)
     prediction = Prediction(u, "flow_prediction", denoiser.interpolant, x, t)
     return Guided(prediction, {"cond": prediction})
-
-
-def _holds_tensor(value) -> bool:
-    if isinstance(value, Tensor):
-        return value.ndim > 0
-    return isinstance(value, (list, tuple)) and any(_holds_tensor(v) for v in value)

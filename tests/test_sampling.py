@@ -5,13 +5,13 @@ import pytest
 import torch
 
 from genkit.denoisers import Condition, FunctionDenoiser, FunctionFlowMap
-from genkit.guidance.base import Guider
+from genkit.guidance.base import Guided, Guider
 from genkit.interpolants import Linear, from_scheduler
-from genkit.registry import members
 from genkit.rng import ItemRNG
 from genkit.sampling import sample, trajectory
 from genkit.schedulers import FlowMapScheduler
 from genkit.testing.oracles import Gaussian, two_class_mixture
+from tests.ready import GUIDERS, ready
 
 F64 = torch.float64
 LAW = two_class_mixture(4)
@@ -59,7 +59,7 @@ def test_any_prediction_type_under_any_scheduler(cls, kind):
 
 
 def test_a_sample_does_not_depend_on_its_batch():
-    for guider in [None, *(cls() for cls in members("genkit.guidance", Guider).values())]:
+    for guider in [None, *(ready(cls, (6, 4)) for cls in GUIDERS.values())]:
         whole = sample(LAW.denoiser(), flow(), noise(dtype=F64), labels(), guider=guider)
         alone = sample(LAW.denoiser(), flow(), noise(dtype=F64)[2:3], labels().index([2]), guider=guider)
         torch.testing.assert_close(alone, whole[2:3], rtol=0, atol=1e-12)
@@ -93,9 +93,9 @@ class Swap:
         return state
 
 
-@pytest.mark.parametrize("name", [None, *members("genkit.guidance", Guider)])
+@pytest.mark.parametrize("name", [None, *GUIDERS])
 def test_resampling_re_indexes_everything_together(name):
-    guider = members("genkit.guidance", Guider)[name]() if name else None
+    guider = ready(GUIDERS[name], (6, 4)) if name else None
     condition = Condition({"class_labels": torch.zeros(6, dtype=torch.int64)}, {"class_labels": torch.full((6,), 2)})
     plain = sample(LAW.denoiser(), flow(), noise(dtype=F64), condition, guider=guider)
     swapped = sample(LAW.denoiser(), flow(), noise(dtype=F64), condition, guider=guider, particles=Swap())
@@ -137,9 +137,9 @@ def test_callback_may_replace_the_sample():
 class Shift(Guider):
     """Moves the network's input by a constant."""
 
-    def guide(self, point, state):
-        from genkit.guidance.base import Guided
+    moves_sample = True
 
+    def guide(self, point, state):
         moved = point.z + 0.1
         prediction = point.denoiser(moved, point.t, point.condition, timestep=point.timestep)
         return Guided(prediction, {"cond": prediction}, z=moved), state
@@ -156,6 +156,41 @@ def test_a_moved_point_moves_the_sample_under_it():
     eps = law.predict("epsilon", z, law.interpolant.time(scheduler.timesteps[:1]).expand(6), labels()["class_labels"])
     expected = z * (sigma**2 + 1) ** 0.5 + (scheduler.sigmas[1] - sigma) * eps
     torch.testing.assert_close(state.x, expected.float(), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["HeunDiscreteScheduler", "DPMSolverMultistepScheduler", "PNDMScheduler"])
+def test_a_scheduler_that_remembers_moved_samples_is_refused(name):
+    scheduler = getattr(diffusers, name)()
+    scheduler.set_timesteps(4)
+    denoiser = two_class_mixture(4, interpolant=from_scheduler(scheduler)).denoiser("epsilon")
+    with pytest.raises(ValueError, match=f"Shift moves the sample.*{name} remembers"):
+        sample(denoiser, scheduler, noise(), labels(), guider=Shift())
+    assert denoiser.calls == 0
+
+
+@pytest.mark.parametrize("name", ["FlowMatchEulerDiscreteScheduler", "EulerDiscreteScheduler", "DDIMScheduler"])
+def test_a_move_can_be_told_as_a_prediction(name):
+    """What a modular pipeline is given, which takes no sample from a guider."""
+    config = {} if name.startswith("Flow") else dict(timestep_spacing="trailing")
+    if name == "DDIMScheduler":
+        config["clip_sample"] = False
+    scheduler = getattr(diffusers, name)(**config)
+    scheduler.set_timesteps(4)
+    law = two_class_mixture(4, interpolant=from_scheduler(scheduler))
+    kind = "flow_prediction" if name.startswith("Flow") else "epsilon"
+
+    class Told(Shift):
+        moves_sample = False
+
+        def guide(self, point, state):
+            guided, state = super().guide(point, state)
+            return Guided(guided.unmoved(point), guided.parts), state
+
+    x = noise(dtype=F64) * float(getattr(scheduler, "init_noise_sigma", 1.0))
+    moved = sample(law.denoiser(kind), scheduler, x, labels(), guider=Shift())
+    scheduler.set_timesteps(4)
+    told = sample(law.denoiser(kind), scheduler, x, labels(), guider=Told())
+    torch.testing.assert_close(told, moved, rtol=1e-5, atol=1e-5)
 
 
 GAUSS = Gaussian(torch.tensor([1.0, -2.0], dtype=F64), 0.5)

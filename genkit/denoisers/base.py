@@ -3,6 +3,7 @@
 All of a network's oddities (packing, time ids, guidance embedding, scaling of timesteps) stop in its adapter.
 """
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -177,7 +178,30 @@ class Denoiser(ABC):
         self.network = network
         self.interpolant = interpolant
         self.prediction_type = prediction_type
-        self.calls = 0
+        self._count = [0]
+
+    @property
+    def calls(self) -> int:
+        """Evaluations so far; shared with what :meth:`with_network` makes."""
+        return self._count[0]
+
+    @calls.setter
+    def calls(self, value: int) -> None:
+        self._count[0] = value
+
+    def with_network(self, network) -> "Denoiser":
+        """A denoiser for the same inputs around another network (a weaker one, another expert), counted with this one.
+
+        Args:
+            network: of any class that can stand here, on the same path and with the same prediction type; or a
+                denoiser, which brings its own.
+        """
+        other = copy.copy(network) if isinstance(network, Denoiser) else self._around(network)
+        other._count = self._count
+        return other
+
+    def _around(self, network) -> "Denoiser":
+        return type(self)(network, self.interpolant, self.prediction_type)
 
     @property
     def module(self) -> nn.Module:

@@ -46,6 +46,8 @@ class Flux(NetworkDenoiser):
     network_classes = ("FluxTransformer2DModel",)
     prediction_types = ("flow_prediction",)
 
+    arguments = {"prompt_embeds": "encoder_hidden_states", "pooled_prompt_embeds": "pooled_projections"}
+
     @property
     def condition_names(self):  # type: ignore[override]
         names = ("prompt_embeds", "pooled_prompt_embeds")

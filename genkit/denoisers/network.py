@@ -3,7 +3,7 @@
 import inspect
 import sys
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,11 +23,13 @@ class NetworkDenoiser(Denoiser):
         network_classes: names of the classes that the adapter is for; their subclasses are taken too.
         prediction_types: what such networks can have been trained to predict.
         condition_names: the values that a :class:`Condition` must bring.
+        arguments: the network's own names of those that it calls otherwise.
         inner: the network without the wrappers of torch.compile, accelerate and PEFT.
     """
 
     prediction_types: tuple[str, ...] = PREDICTION_TYPES
     condition_names: tuple[str, ...] = ()
+    arguments: Mapping[str, str] = {}
 
     def __init__(self, network: nn.Module, interpolant: Interpolant, prediction_type: str):
         super().__init__(network, interpolant, prediction_type)
@@ -42,6 +44,9 @@ class NetworkDenoiser(Denoiser):
     @abstractmethod
     def encode(self, *args: Any, **inputs: Any) -> Condition:
         """``encode(pipe, ...)``: what ``pipe`` would make of these inputs, and its unconditional branch."""
+
+    def _around(self, network):
+        return wrap(network, self.interpolant, self.prediction_type)
 
     def time_modules(self) -> list[str]:
         """Names of the sub-modules whose output embeds the time; a two-time adapter adds the gap's embedding to it.
@@ -99,7 +104,8 @@ def _adapters() -> dict[str, type[Denoiser]]:
     return found
 
 
-def _adapter(network) -> type[Denoiser] | None:
+def adapter_of(network) -> type[Denoiser] | None:
+    """The adapter for ``network``, by its class; ``None`` if there is none."""
     known = _adapters()
     return next((known[c.__name__] for c in type(unwrap(network)).__mro__ if c.__name__ in known), None)
 
@@ -110,7 +116,7 @@ def wrap(network: nn.Module, interpolant: Interpolant, prediction_type: str) -> 
     Raises:
         ValueError: no adapter for this class, or a prediction type that such networks do not have.
     """
-    adapter = _adapter(network)
+    adapter = adapter_of(network)
     if adapter is None:
         raise ValueError(
             f"network={type(unwrap(network)).__name__} has no adapter; there are adapters for "
@@ -125,7 +131,7 @@ def from_pipeline(pipe) -> Denoiser:
     Raises:
         ValueError: a network without adapter, a scheduler without interpolant, or the two do not fit.
     """
-    networks = [part for part in pipe.components.values() if isinstance(part, nn.Module) and _adapter(part)]
+    networks = [part for part in pipe.components.values() if isinstance(part, nn.Module) and adapter_of(part)]
     if len(networks) != 1:
         names = [type(part).__name__ for part in pipe.components.values() if isinstance(part, nn.Module)]
         raise ValueError(

@@ -19,6 +19,7 @@ class SD3(NetworkDenoiser):
     network_classes = ("SD3Transformer2DModel",)
     prediction_types = ("flow_prediction",)
     condition_names = ("prompt_embeds", "pooled_prompt_embeds")
+    arguments = {"prompt_embeds": "encoder_hidden_states", "pooled_prompt_embeds": "pooled_projections"}
 
     def forward(self, z: Tensor, t: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
         z, condition = self._inputs(z, condition)

@@ -19,6 +19,8 @@ class UNet2D(NetworkDenoiser):
 
     network_classes = ("UNet2DConditionModel",)
 
+    arguments = {"prompt_embeds": "encoder_hidden_states"}
+
     @property
     def condition_names(self):  # type: ignore[override]
         config = self.inner.config

@@ -46,12 +46,15 @@ class APG(Guider):
         guidance_scale: ``w >= 1``.
         eta: weight of the parallel part, ``>= 0``; above 1 it saturates more than CFG.
         norm_threshold: ``r >= 0`` in units of the clean sample; 0 is no cap. It scales with the root of the number of
-            elements: 15 suits SDXL's latents. See :meth:`stats`.
+            elements: 15 suits SDXL's latents.
         momentum: ``beta`` in ``(-1, 0]``. Advances once per time, also under second-order solvers.
         dims: axes of norms and inner products; by default all but the batch and, for video, the frames.
         formulation: ``paper``; or, to reproduce other programs' images, ``diffusers`` (``u + w (orth + eta par)`` on
             the raw prediction, over all axes) or ``comfyui`` (``D_c + w (...)``, over the last three axes).
         start, stop, enabled, scheduler_config: see :class:`Guider`.
+
+    To choose ``norm_threshold`` by, :meth:`stats` has per evaluation and sample the ``norm`` ``|m|``, the ``cosine`` of
+    ``m`` with ``D_c`` and ``capped``, 1 where the threshold bound (the mean over frames for video).
 
     Raises:
         ValueError: a value outside its range; an ``epsilon`` model where ``alpha = 0``: it has no clean sample there.
@@ -100,32 +103,16 @@ class APG(Guider):
             state = self._advance(push, cond.t, state)
             push = state.after
         dims = self._axes(push)
-        capped = push * self._cap(push, dims)
-        parallel = _coefficient(capped, reference, dims) * reference
-        update = (capped - parallel + self.eta * parallel).to(push.dtype)
+        norm, length = _norm(push, dims), _norm(reference, dims)
+        projection = _product(push, reference, dims) / length.where(length > 0, 1)
+        cap = (self.norm_threshold / norm).clamp(max=1) if self.norm_threshold else torch.ones_like(norm)
+        cosine = projection / norm.where(norm > 0, 1)
+        self.note(norm=_per_sample(norm), cosine=_per_sample(cosine), capped=_per_sample((cap < 1).double()))
+        parallel = (1 - self.eta) * cap * projection / length.where(length > 0, 1)
+        update = cap.to(push.dtype) * push - parallel.to(push.dtype) * reference
         if self.formulation == "diffusers":
             return cond.with_raw((uncond.raw + w * update).to(cond.raw.dtype)), state
         return cond.moved((w if self.formulation == "comfyui" else w - 1) * update), state
-
-    def stats(self, parts: dict[str, Prediction], state: Momentum | None = None) -> dict[str, Tensor]:
-        """What the rule saw, to choose ``norm_threshold`` by: ``norm`` ``|m|`` and ``cosine`` of ``m`` with ``D_c``,
-        per sample (and frame), and ``capped``, the fraction of those norms above the threshold.
-
-        Args:
-            parts, state: of the same evaluation, as :meth:`guide` returned them.
-        """
-        reference, push = self._push(parts)
-        if self.momentum and state is not None:
-            push = state.after
-        dims = self._axes(push)
-        norm = _norm(push, dims)
-        cosine = _coefficient(push, reference, dims) * _norm(reference, dims) / norm.where(norm > 0, 1)
-        squeeze = [d for d in range(push.ndim) if d in {a % push.ndim for a in dims}]
-        return {
-            "norm": norm.squeeze(squeeze),
-            "cosine": cosine.squeeze(squeeze),
-            "capped": (self._cap(push, dims) < 1).double().mean(),
-        }
 
     def _push(self, parts) -> tuple[Tensor, Tensor]:
         """The conditional prediction and its difference from the unconditional one, in the space of the rule."""
@@ -154,25 +141,19 @@ class APG(Guider):
         frames = {2} if x.ndim == 5 and self.formulation == "paper" else set()
         return tuple(d for d in range(1, x.ndim) if d not in frames)
 
-    def _cap(self, push: Tensor, dims) -> Tensor:
-        if not self.norm_threshold:
-            return torch.ones((), device=push.device)
-        return (self.norm_threshold / _norm(push, dims)).clamp(max=1)
 
-
-def _widest(x: Tensor) -> Tensor:
-    return x if x.device.type == "mps" else x.double()  # Apple's GPUs have no float64
+def _product(x: Tensor, y: Tensor, dims) -> Tensor:
+    wide = torch.float32 if x.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+    return (x.to(wide) * y.to(wide)).sum(dims, keepdim=True)
 
 
 def _norm(x: Tensor, dims) -> Tensor:
-    return _widest(x).square().sum(dims, keepdim=True).sqrt()
+    return _product(x, x, dims).sqrt()
 
 
-def _coefficient(x: Tensor, y: Tensor, dims) -> Tensor:
-    """``<x, y> / <y, y>``, and 0 where ``y`` is."""
-    x, y = _widest(x), _widest(y)
-    length = (y * y).sum(dims, keepdim=True)
-    return (x * y).sum(dims, keepdim=True) / length.where(length > 0, 1)
+def _per_sample(x: Tensor) -> Tensor:
+    """Diagnostics ``(B,)``, averaged over frames where there are any."""
+    return x.flatten(1).mean(1)
 
 
 def _at_data(prediction: Prediction) -> bool:

@@ -2,14 +2,17 @@
 
 import math
 import sys
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from diffusers.guiders import BaseGuidance
 from torch import Tensor
 
-from genkit.denoisers.base import Prediction
+from genkit.denoisers.base import Condition, Prediction
 from genkit.guidance.point import Guided, Point
 from genkit.guidance.protocol import ModularProtocol
+from genkit.registry import unknown
 
 __all__ = ["Guided", "Guider", "Point", "check_range", "within"]
 
@@ -37,6 +40,12 @@ class Guider(ModularProtocol):
     Constructor arguments are keyword-only (Diffusers loses positional ones) and must survive JSON; attributes of the
     same names cannot be changed afterwards, since that would not be saved: ``guider.new(guidance_scale=5)`` copies.
 
+    Attributes:
+        takes: what :meth:`using` accepts, with a word on each; ``needs`` names those that a run cannot do without.
+        needs_uncond: whether the rule asks for the unconditional branch.
+        moves_sample: whether the rule answers with a moved point (:attr:`Guided.z`). The sample is then moved before
+            the scheduler's step, so schedulers that remember earlier samples are refused.
+
     Args:
         start, stop: the window, as positions ``1 - t`` on the noise axis: 0 is pure noise, 1 is clean. Outside it the
             conditional prediction is followed, at the cost of one call. ``stop=1`` is on to the end, however many
@@ -48,6 +57,10 @@ class Guider(ModularProtocol):
     Raises:
         ValueError: a window that is not ``0 <= start < 1``, ``start <= stop <= 1``.
     """
+
+    takes: Mapping[str, str] = {}
+    needs: tuple[str, ...] = ()
+    needs_uncond = True
 
     def __init__(
         self,
@@ -61,6 +74,8 @@ class Guider(ModularProtocol):
         check_range("stop", stop, start, 1)
         super().__init__(start, stop, enabled, scheduler_config)
         self.start, self.stop = start, stop
+        self._given: dict[str, Any] = {}
+        self.start_run()
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -73,6 +88,84 @@ class Guider(ModularProtocol):
                 f"{name}={value!r} would not be saved with the {type(self).__name__}; use guider.new({name}={value!r})"
             )
         super().__setattr__(name, value)
+
+    # -- what JSON cannot hold ------------------------------------------------------------------------------------
+
+    def using(self, **given):
+        """A copy that has what a rule needs and JSON cannot hold (a reference image, a classifier, a network).
+
+        It is not saved: give it again after loading. :attr:`takes` names what a rule accepts.
+
+        Raises:
+            ValueError: a name that the rule does not take.
+        """
+        for name in given:
+            if name not in self.takes:
+                raise ValueError(unknown(f"{type(self).__name__}.using: name", name, self.takes))
+        copy = self.new()
+        copy._given |= given
+        return copy
+
+    def new(self, **overrides):
+        """A copy with other settings, and with all that :meth:`using` gave."""
+        copy = super().new(**overrides)
+        copy._given = dict(self._given)
+        return copy
+
+    def given(self, name: str) -> Any:
+        """What :meth:`using` gave under ``name``; ``None`` if nothing."""
+        return self._given.get(name)
+
+    def check(self, shape: tuple[int, ...], condition: Condition | None = None) -> None:
+        """Refuse a run on samples of ``shape`` ``(B, ...)`` that cannot work, before the first network call.
+
+        ``condition`` is ``None`` inside somebody else's pipeline. Rules that need more override and extend it.
+
+        Raises:
+            ValueError: something is missing that the rule needs, or there is no unconditional branch to guide by.
+        """
+        missing = [name for name in self.needs if self.given(name) is None]
+        if missing:
+            raise ValueError(
+                f"{type(self).__name__} lacks {missing[0]!r} ({self.takes[missing[0]]}); give it by "
+                f"guider.using({missing[0]}=...)"
+            )
+        if self.needs_uncond and self._switched_on and not self.neutral and condition is not None:
+            condition.null()
+
+    # -- diagnostics ----------------------------------------------------------------------------------------------
+
+    def start_run(self) -> None:
+        """Forget the diagnostics of the last run; called by whoever drives the guider."""
+        self._records: list[dict[str, Any]] = []
+        self._notes: dict[str, Any] = {}
+
+    def note(self, **values: Any) -> None:
+        """Keep diagnostics of this evaluation for :meth:`stats`: numbers, or tensors with one number a sample."""
+        self._notes |= values
+
+    def evaluate(self, point: Point, state: Any, *, made: int = 0) -> tuple[Guided, Any]:
+        """:meth:`guide`, recorded for :meth:`stats`; ``made`` network calls have been made for this point already."""
+        before = point.denoiser.calls
+        self._notes = {}
+        guided, state = self.guide(point, state)
+        calls = made + point.denoiser.calls - before
+        self._records.append({"t": point.t, "network_calls": calls, **self._notes})
+        return guided, state
+
+    def stats(self) -> dict[str, Tensor]:
+        """Diagnostics of the last run, a row an evaluation: ``t``, ``network_calls`` and what the rule notes.
+
+        Values per sample have shape ``(E, B)``, others ``(E,)``; NaN where the rule noted nothing.
+        """
+        rows = [{k: torch.as_tensor(v).detach().double().cpu() for k, v in r.items()} for r in self._records]
+        shapes = {name: value.shape for row in rows for name, value in row.items()}
+        return {
+            name: torch.stack([row.get(name, torch.full(shape, math.nan, dtype=torch.float64)) for row in rows])
+            for name, shape in shapes.items()
+        }
+
+    # -- the rule -------------------------------------------------------------------------------------------------
 
     @property
     def neutral(self) -> bool:

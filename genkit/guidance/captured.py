@@ -1,5 +1,6 @@
 """A guider inside somebody else's loop: the network calls that a Diffusers pipeline made, as a denoiser and a run."""
 
+import copy
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from genkit.denoisers.base import Condition, Denoiser, Prediction
+from genkit.denoisers.network import adapter_of
 from genkit.guidance.point import Guided, Point
 from genkit.interpolants import Interpolant
 
@@ -44,6 +46,12 @@ class Call:
     def input(self) -> Tensor:
         return self._get(self.input_key)
 
+    def shape(self, network, batch: int | None = None) -> tuple[int, ...]:
+        """The shape of the samples, of which inpainting networks see more channels than they predict."""
+        shape = self.input.shape
+        channels = getattr(getattr(network, "config", None), "out_channels", None) if len(shape) > 3 else None
+        return (batch or shape[0], min(shape[1], channels or shape[1]), *shape[2:])
+
     @property
     def time(self) -> Tensor:
         return torch.as_tensor(self._get(self.time_key))
@@ -77,6 +85,17 @@ def _take(value, rows: Tensor, size: int):
     if isinstance(value, (list, tuple)):
         return type(value)(_take(v, rows, size) for v in value)
     return value
+
+
+def _override(kwargs: dict[str, Any], name: str, value: Tensor) -> None:
+    """Set the keyword argument ``name``, at the top or in a dictionary among the arguments."""
+    for place in (kwargs, *(v for v in kwargs.values() if isinstance(v, dict))):
+        if name in place:
+            place[name] = value.to(place[name].dtype) if value.is_floating_point() else value
+            return
+    raise ValueError(
+        f"condition[{name!r}]: the pipeline passes no such argument to its network; it has {sorted(kwargs)}"
+    )
 
 
 def first_output(output) -> Tensor:
@@ -118,18 +137,21 @@ class CapturedDenoiser(Denoiser):
         # Inpainting networks see more channels than they predict, networks that learn variances predict more.
         self.shape = tuple(map(min, cond.shape, calls[0].input.shape))
         region = tuple(map(slice, self.shape))
-        batch, device = len(cond), cond.device
+        batch = len(cond)
         self.cond, self.uncond = cond[region], None if uncond is None else uncond[region]
         first = rows[0] % len(calls[0].input)
         self.z = calls[0].input[first : first + batch][region]
         self.timestep = timestep.cpu()  # as in genkit.sampling: no step waits for the device to make coefficients
         self.t = interpolant.time(self.timestep)
-        self._rows = [torch.arange(batch, device=device) + row for row in rows]
-        null = None if uncond is None else {"row": self._rows[1]}
-        self.condition = Condition({"row": self._rows[0]}, null)
+        self._answers = [(self._values(rows[0]), self.cond)]
+        if self.uncond is not None:
+            self._answers.append((self._values(rows[1]), self.uncond))
+        values = [value for value, _ in self._answers]
+        self.condition = Condition(values[0], values[1] if len(values) > 1 else None)
         # SD3's transformer is given the scheduler's timestep, Flux's a thousandth of it.
         scale = getattr(interpolant, "num_train_timesteps", 1)
         given = float(calls[0].time.flatten()[0])
+        self._arguments = getattr(adapter_of(network), "arguments", {})
         self._time_factor = min((1.0, 1 / scale), key=lambda f: abs(given - f * float(timestep)))
 
     def many(self, z, t, conditions, *, timestep=None) -> list[Prediction]:
@@ -139,8 +161,23 @@ class CapturedDenoiser(Denoiser):
         return super().many(z, t, conditions, timestep=timestep)
 
     def _known(self, condition: Condition) -> Tensor | None:
-        row = condition["row"]
-        return self.cond if row is self._rows[0] else self.uncond if row is self._rows[1] else None
+        for values, raw in self._answers:
+            if all(condition.values.get(k) is v for k, v in values.items()):
+                return raw
+        return None
+
+    def _values(self, first: int) -> dict[str, Tensor]:
+        """What is known of a branch: its rows in the calls, and the class labels where there are any."""
+        call, row = divmod(first, len(self._calls[0].input))
+        values = {"row": torch.arange(first, first + len(self.cond), device=self.cond.device)}
+        labels = self._calls[call].kwargs.get("class_labels")
+        return values if labels is None else {**values, "class_labels": labels[row : row + len(self.cond)]}
+
+    def _around(self, network):
+        other = copy.copy(self)
+        other.network = network
+        other._answers = []
+        return other
 
     def forward(self, z: Tensor, t: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
         rows, size = condition["row"], len(self._calls[0].input)
@@ -153,6 +190,9 @@ class CapturedDenoiser(Denoiser):
             time = timestep[mine] * self._time_factor
             time = time.to(given.dtype) if given.is_floating_point() else time
             args, kwargs = call.replaced(rows[mine] - i * size, z[mine], time)
+            for name, value in condition.values.items():
+                if name != "row":
+                    _override(kwargs, self._arguments.get(name, name), value[mine])
             raw = first_output(self.network(*args, **kwargs))
             raw = raw[_leading(z[mine])]
             if answer is None:
@@ -168,7 +208,7 @@ class Run:
     A run ends when the loop says so (:meth:`reset`), when shape, dtype or device change, or when time goes up.
 
     Attributes:
-        guided: what the guider answered last.
+        guided, point: what the guider answered last, and where it was asked.
         state: its state after that.
     """
 
@@ -176,9 +216,15 @@ class Run:
         self.guider = guider
         self.reset()
 
+    def stats(self) -> dict[str, Tensor]:
+        """See :meth:`genkit.guidance.base.Guider.stats`."""
+        return self.guider.stats()
+
     def reset(self) -> None:
+        self.guider.start_run()
         self.state: Any = None
         self.guided: Guided | None = None
+        self.point: Point | None = None
         self._place: tuple | None = None
         self._t = float("inf")
 
@@ -194,11 +240,7 @@ class Run:
                 )
         self._place, self._t = place, t
         point = Point(denoiser, z, denoiser.t, t_next, denoiser.timestep, denoiser.condition)
-        guided, state = self.guider.guide(point, self.state)
-        if guided.z is not None:
-            raise ValueError(
-                f"{type(self.guider).__name__} moves the sample before the step; a Diffusers pipeline takes only a "
-                "prediction from a guider, so use it with genkit.sampling"
-            )
-        self.guided, self.state = guided, state
+        made = sum(raw is not None for raw in (denoiser.cond, denoiser.uncond))
+        guided, self.state = self.guider.evaluate(point, self.state, made=made)
+        self.guided, self.point = guided, point
         return guided

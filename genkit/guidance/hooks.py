@@ -3,9 +3,11 @@
 import functools
 import inspect
 import re
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 import torch
 from torch import Tensor
@@ -13,6 +15,7 @@ from torch import Tensor
 from genkit.denoisers.network import from_pipeline
 from genkit.guidance.base import Guider
 from genkit.guidance.captured import Call, CapturedDenoiser, Run, first_output
+from genkit.guidance.moves import check_moves, moved_sample
 
 # How a pipeline evaluates the two branches, by its class or a base class of it. Everything else is refused: a wrong
 # guess of the order would guide away from the prompt without any sign of it.
@@ -44,19 +47,25 @@ def guided(pipe, guider: Guider) -> Iterator[Run]:
 
     Raises:
         ValueError: not a genkit guider; a pipeline that is not supported, a scheduler that does not fit the network, a
-            network compiled in place; later, from within the call: no guidance in the pipeline, or a guider that moves
-            the sample.
+            network compiled in place, a guider that moves samples under a scheduler that remembers them; later, from
+            within the call but before the network's first: no guidance in the pipeline, or what :meth:`Guider.check`
+            refuses.
     """
     if not isinstance(guider, Guider):
         raise ValueError(f"guider={type(guider).__name__}: accepted is a genkit guider, see genkit.guidance")
     family = _family(pipe)
     hook = (_Sequential if family == _SEQUENTIAL else _Doubled)(pipe, guider, family)
-    handle = hook.network.register_forward_hook(hook, with_kwargs=True)
+    check_moves(guider, hook.scheduler)
+    handles = [
+        hook.network.register_forward_pre_hook(hook.before, with_kwargs=True),
+        hook.network.register_forward_hook(hook, with_kwargs=True),
+    ]
     try:
-        with _before(hook.scheduler, "set_timesteps", hook.reset), _before(hook.scheduler, "step", hook.check_answered):
+        with _around(hook.scheduler, "set_timesteps", hook.restart), _around(hook.scheduler, "step", hook.step):
             yield hook.run
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 def _family(pipe) -> str:
@@ -77,8 +86,8 @@ def _family(pipe) -> str:
 
 
 @contextmanager
-def _before(scheduler, method: str, action) -> Iterator[None]:
-    """Let ``action()`` run before every ``scheduler.method(...)``; on the instance, which is left as it was."""
+def _around(scheduler, method: str, action) -> Iterator[None]:
+    """Make ``scheduler.method(...)`` be ``action(method, ...)``; on the instance, which is left as it was."""
     original = getattr(scheduler, method)
     if getattr(original, _MARK, False):
         raise ValueError("the pipeline (or its scheduler) is in another `guided` block already; leave that one first")
@@ -86,8 +95,7 @@ def _before(scheduler, method: str, action) -> Iterator[None]:
 
     @functools.wraps(original)  # pipelines look at the signature
     def wrapper(*args, **kwargs):
-        action()
-        return original(*args, **kwargs)
+        return action(original, *args, **kwargs)
 
     setattr(wrapper, _MARK, True)
     setattr(scheduler, method, wrapper)
@@ -119,19 +127,47 @@ class _Hook(ABC):
 
     def reset(self) -> None:
         self.run.reset()
+        self._checked = False
+
+    def restart(self, set_timesteps, *args, **kwargs):
+        """Around the scheduler's ``set_timesteps``: a run begins."""
+        self.reset()
+        return set_timesteps(*args, **kwargs)
+
+    def step(self, step, *args, **kwargs):
+        """Around the scheduler's ``step``: it starts from where the guider moved the sample."""
+        self.check_answered()
+        guided, point = self.run.guided, self.run.point
+        if guided is not None and guided.z is not None and point is not None:
+            bound = inspect.signature(step).bind(*args, **kwargs)
+            sample, timestep = bound.arguments["sample"], bound.arguments["timestep"]
+            bound.arguments["sample"] = moved_sample(self.scheduler, sample, guided.z - point.z, timestep)
+            args, kwargs = bound.args, bound.kwargs
+        return step(*args, **kwargs)
 
     @abstractmethod
     def check_answered(self) -> None:
         """Called before the scheduler's step."""
 
-    def __call__(self, module, args, kwargs, output):
+    def before(self, module, args, kwargs) -> None:
+        """Called before the network: whatever cannot work is refused here."""
         if self._busy:  # a guider asks the network again
-            return None
+            return
         if self.pipe.scheduler is not self.scheduler:
             raise ValueError("pipe.scheduler was replaced inside the `guided` block; replace it before")
         if "skip_layers" in kwargs:
             raise ValueError("skip_guidance_layers adds a third prediction; leave it out inside `guided`")
-        return self.answer(Call(args, kwargs), output)
+        batch = self.check(Call(args, kwargs))
+        if not self._checked:
+            self.run.guider.check(Call(args, kwargs).shape(self.network, batch))
+            self._checked = True
+
+    @abstractmethod
+    def check(self, call: Call) -> int:
+        """The number of samples, after a check that the pipeline makes both predictions."""
+
+    def __call__(self, module, args, kwargs, output):
+        return None if self._busy else self.answer(Call(args, kwargs), output)
 
     @abstractmethod
     def answer(self, call: Call, output):
@@ -168,9 +204,8 @@ class _Doubled(_Hook):
     def check_answered(self) -> None:
         """Both branches come in one call: nothing can be missing."""
 
-    def answer(self, call, output):
-        raw = first_output(output)
-        batch, rest = divmod(len(raw), 2)
+    def check(self, call):
+        batch, rest = divmod(len(call.input), 2)
         scale = getattr(self.pipe, "guidance_scale", None)
         doubled = rest == 0 and torch.equal(call.input[:batch, :1], call.input[batch:, :1])
         if not getattr(self.pipe, "do_classifier_free_guidance", True) or not doubled:
@@ -180,6 +215,11 @@ class _Doubled(_Hook):
                 + ", so there is no unconditional prediction to guide by; pass guidance_scale > 1 (its size has no "
                 "effect inside `guided`)"
             )
+        return batch
+
+    def answer(self, call, output):
+        raw = first_output(output)
+        batch = len(raw) // 2
         first, second = raw[:batch], raw[batch:]
         if self.family == _DOUBLED_COND_FIRST:
             guided = self.guide([call], first, second, (0, batch))
@@ -205,14 +245,26 @@ class _Sequential(_Hook):
         super().reset()
         self._pending: tuple[Call, Tensor] | None = None
 
+    def check(self, call):
+        # The pipeline keeps to itself whether it will make the second call; its own frame knows.
+        frame: FrameType | None = sys._getframe()
+        while frame is not None and "do_true_cfg" not in frame.f_locals:
+            frame = frame.f_back
+        if frame is not None and not frame.f_locals["do_true_cfg"]:
+            self._refuse()
+        return len(call.input)
+
     def check_answered(self):
         if self._pending is not None:
             self._pending = None
-            raise ValueError(
-                f"{type(self.pipe).__name__} runs without true classifier-free guidance, so there is no unconditional "
-                "prediction to guide by; pass true_cfg_scale > 1 and negative_prompt='' (its size has no effect inside "
-                "`guided`)"
-            )
+            self._refuse()
+
+    def _refuse(self):
+        raise ValueError(
+            f"{type(self.pipe).__name__} runs without true classifier-free guidance, so there is no unconditional "
+            "prediction to guide by; pass true_cfg_scale > 1 and negative_prompt='' (its size has no effect inside "
+            "`guided`)"
+        )
 
     def answer(self, call, output):
         if self._pending is None:

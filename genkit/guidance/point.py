@@ -39,3 +39,25 @@ class Guided:
     prediction: Prediction
     parts: dict[str, Prediction]
     z: Tensor | None = None
+
+    def unmoved(self, point: Point) -> Prediction:
+        """The prediction at ``point.z`` from which a step leads where :attr:`prediction` leads from the moved ``z``.
+
+        For steps ``x' = (sigma'/sigma) x + (alpha' - alpha sigma'/sigma) D`` (DDIM; Euler on the linear path and in
+        variance-exploding samples), where somebody else's loop takes a prediction and no sample.
+
+        Raises:
+            ValueError: the time of the step's end is not known.
+        """
+        if self.z is None:
+            return self.prediction
+        if point.t_next is None:
+            raise ValueError(
+                "the prediction for a moved sample depends on where the step ends, which is not known here"
+            )
+        path, here, there = self.prediction.interpolant, point.t, point.t_next
+        ratio = path.sigma(there) / path.sigma(here)
+        weight = path.alpha(there) - path.alpha(here) * ratio
+        sample = self.prediction.sample + (ratio / weight).to(self.z.device) * (self.z - point.z)
+        unmoved = point.prediction(sample, "sample")
+        return unmoved.with_raw(unmoved.raw.to(self.prediction.raw.dtype))

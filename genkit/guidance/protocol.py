@@ -6,7 +6,7 @@ from functools import cached_property
 import diffusers
 import torch
 from diffusers.guiders import BaseGuidance
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from genkit._diffusers import GuiderOutput, identifier, prepare_batch, quiet_construction
@@ -14,6 +14,8 @@ from genkit.guidance.captured import Call, CapturedDenoiser, Run
 from genkit.interpolants import from_scheduler, scheduler_prediction_type
 from genkit.registry import members, unknown
 from genkit.schedulers.base import PathScheduler
+
+_FIRST_ORDER = ("FlowMatchEulerDiscreteScheduler", "EulerDiscreteScheduler", "DDIMScheduler")
 
 
 class ModularProtocol(BaseGuidance):
@@ -24,6 +26,7 @@ class ModularProtocol(BaseGuidance):
     guider; the sample is read off the network's call.
     """
 
+    moves_sample = False
     _input_predictions = ["pred_cond", "pred_uncond"]  # type: ignore[assignment]
     # Text encoders read this before any step is known: the most that is ever asked for, whatever the window says.
     num_conditions = 2
@@ -36,11 +39,12 @@ class ModularProtocol(BaseGuidance):
         self._run = Run(self)
         self._calls: list[Call] = []
         self._handle: RemovableHandle | None = None
-        self._last_step = self._prepared = 0
+        self._last_step = self._prepared = self._steps = 0
 
     def bind(self, scheduler):
         """A copy that knows the path of ``scheduler``'s samples (its class and config, saved with the guider)."""
         from_scheduler(scheduler), scheduler_prediction_type(scheduler)  # an unknown family is refused here
+        self._check_moves(scheduler)
         return self.new(scheduler_config=json.loads(scheduler.to_json_string()))
 
     @cached_property
@@ -51,12 +55,22 @@ class ModularProtocol(BaseGuidance):
                 "use genkit.attach(pipe, guider) instead of pipe.update_components(guider=guider)"
             )
         scheduler = _scheduler(self.scheduler_config)
+        self._check_moves(scheduler)
         return from_scheduler(scheduler), scheduler_prediction_type(scheduler)
+
+    def _check_moves(self, scheduler) -> None:
+        name = type(scheduler).__name__
+        if self.moves_sample and name not in _FIRST_ORDER:
+            raise ValueError(
+                f"scheduler={name}: {type(self).__name__} moves the sample, which modular pipelines do not hand out; "
+                f"accepted are {', '.join(_FIRST_ORDER)}, whose step is determined by a prediction"
+            )
 
     def set_state(self, step: int, num_inference_steps: int, timestep) -> None:
         super().set_state(step, num_inference_steps, timestep)
         if step == 0 or step < self._last_step:
             self._run.reset()
+        self._steps = num_inference_steps
         self._last_step, self._now = step, torch.as_tensor(timestep).flatten()[0].cpu()
         self._release()
         self._calls, self._prepared = [], 0
@@ -83,6 +97,8 @@ class ModularProtocol(BaseGuidance):
         self._prepared += 1
 
         def keep(_module, args, kwargs):
+            if self._last_step == 0 and self._prepared == 1:
+                self.check(Call(args, kwargs).shape(denoiser))
             del self._calls[self._prepared - 1 :]  # one call a branch; a second one replaces it
             self._calls.append(Call(args, kwargs))
 
@@ -102,9 +118,30 @@ class ModularProtocol(BaseGuidance):
         cond, uncond = raw["pred_cond"], raw.get("pred_uncond")
         path, rows = self._path, (0, len(cond))
         denoiser = CapturedDenoiser(self._network, *path, self._calls, cond, uncond, rows, self._now)  # type: ignore
-        guided = self._run.evaluate(denoiser)
+        guided = self._run.evaluate(denoiser, self._next_time() if self.moves_sample else None)
+        assert self._run.point is not None
         self._calls = []
-        return GuiderOutput(pred=guided.prediction.raw, pred_cond=cond, pred_uncond=uncond)
+        return GuiderOutput(pred=guided.unmoved(self._run.point).raw, pred_cond=cond, pred_uncond=uncond)
+
+    def _next_time(self) -> Tensor:
+        """Where the scheduler's step ends, as far as the number of steps determines it.
+
+        Raises:
+            ValueError: steps other than the scheduler's own.
+        """
+        assert self.scheduler_config is not None
+        scheduler = _scheduler(self.scheduler_config)
+        scheduler.set_timesteps(self._steps)
+        timesteps = scheduler.timesteps.double()
+        planned = float(timesteps[self._last_step])
+        if abs(planned - float(self._now)) > 1e-3 * float(timesteps.max()):
+            raise ValueError(
+                f"timestep={float(self._now):g}: {type(self).__name__} must know where a step ends, and "
+                f"{type(scheduler).__name__} with {self._steps} steps would be at {planned:g}; leave out custom "
+                "timesteps, sigmas and dynamic shifting, or use a classic pipeline"
+            )
+        times = torch.cat((from_scheduler(scheduler).time(timesteps), timesteps.new_zeros(1)))
+        return times[self._last_step + 1]
 
 
 def _scheduler(config: dict):

@@ -59,6 +59,7 @@ class PathScheduler(SchedulerMixin, ConfigMixin):
         self.interpolant, self.prediction_type = self._path()
         self.num_inference_steps: int | None = None
         total = config.num_train_timesteps
+        self._step_index: int | None = None
         self._begin_index: int | None = None
         self._set(torch.linspace(1, 1 / total, total, dtype=torch.float64), None)
 
@@ -193,7 +194,7 @@ class PathScheduler(SchedulerMixin, ConfigMixin):
         return high
 
     def _set(self, t: Tensor, device) -> None:
-        """Take the times of the steps, float64 ``(N,)``; multistage solvers override it to visit some more than once."""
+        """Take the times of the steps, float64 ``(N,)``; multistage solvers override it to visit some times again."""
         self.times = torch.cat((t, t.new_zeros(1)))
         self.timesteps = self.interpolant.timestep(t).to(device)
         self.sigmas = self.times.float()

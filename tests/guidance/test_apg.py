@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from genkit.denoisers.base import Condition, Prediction
+from genkit.denoisers.function import FunctionDenoiser
 from genkit.guidance import APG, CFG, Point
 from genkit.interpolants import DiscreteVP, Linear, Trigonometric
 from genkit.testing.oracles import two_class_mixture
@@ -168,13 +169,14 @@ def test_video_is_normalised_frame_by_frame():
 
 def test_stats():
     cond, uncond = torch.tensor([[3.0, 4.0], [3.0, 4.0]]), torch.tensor([[0.0, 0.0], [6.0, 4.0]])
-    parts = {"cond": prediction(cond), "uncond": prediction(uncond)}
-    guider = APG(norm_threshold=4.0)
-    _, state = guider.combine(parts, None)
-    stats = guider.stats(parts, state)
-    torch.testing.assert_close(stats["norm"], torch.tensor([5.0, 3.0], dtype=torch.float64))
-    torch.testing.assert_close(stats["cosine"], torch.tensor([1.0, -0.6], dtype=torch.float64))
-    assert stats["capped"] == 0.5
+    denoiser = FunctionDenoiser(lambda x, t, value: value, Linear(), "sample")
+    condition = Condition({"value": cond}, {"value": uncond})
+    guider, t = APG(norm_threshold=4.0), torch.tensor(0.6, dtype=torch.float64)
+    guider.evaluate(Point(denoiser, torch.zeros(2, 2), t, None, None, condition), None)
+    stats = guider.stats()
+    torch.testing.assert_close(stats["norm"], torch.tensor([[5.0, 3.0]], dtype=torch.float64))
+    torch.testing.assert_close(stats["cosine"], torch.tensor([[1.0, -0.6]], dtype=torch.float64))
+    assert stats["capped"].tolist() == [[1.0, 0.0]] and stats["network_calls"].tolist() == [2]
 
 
 @pytest.mark.parametrize(

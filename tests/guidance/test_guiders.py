@@ -1,6 +1,5 @@
 """What every guider keeps, whoever wrote it: each file of genkit/guidance is found and tested here."""
 
-import inspect
 import json
 
 import pytest
@@ -13,11 +12,11 @@ from genkit.denoisers.base import Condition, Prediction
 from genkit.denoisers.function import FunctionDenoiser
 from genkit.guidance import APG, CFG, Guider, Point, load_guider
 from genkit.interpolants import Linear, from_scheduler
-from genkit.registry import members
+from genkit.sampling import sample
+from tests.ready import GUIDERS, ready
 
-GUIDERS = members("genkit.guidance", Guider)
 every_guider = pytest.mark.parametrize("cls", GUIDERS.values(), ids=GUIDERS)
-TIMES = (0.9, 0.6, 0.3)
+TIMES = [0.9, 0.6, 0.3]
 
 
 def field(same=False):
@@ -51,7 +50,7 @@ def noise(batch=4):
 
 
 def make(cls, **settings):
-    return cls(**{k: v for k, v in settings.items() if k in inspect.signature(cls.__init__).parameters})
+    return ready(cls, (4, 12), **settings)
 
 
 def test_the_first_two_are_found():
@@ -77,7 +76,7 @@ def test_equal_predictions_are_kept_halfway(cls):
     """At the ends a rule may do something else than combine (zero-init)."""
     denoiser, x, cond = field(same=True), noise(), condition()
     point = Point(denoiser, x, torch.tensor(0.5, dtype=torch.float64), None, None, cond)
-    guided, _ = cls().guide(point, None)
+    guided, _ = make(cls).guide(point, None)
     plain, _ = CFG(enabled=False).guide(point, None)
     torch.testing.assert_close(guided.prediction.raw, plain.prediction.raw)
 
@@ -85,20 +84,20 @@ def test_equal_predictions_are_kept_halfway(cls):
 @every_guider
 def test_a_sample_does_not_depend_on_its_neighbours(cls):
     x, cond, order = noise(), condition(), torch.tensor([2, 0, 3])
-    together, _ = walk(cls(), field(), x, cond)
-    permuted, _ = walk(cls(), field(), x[order], cond.index(order))
+    together, _ = walk(make(cls), field(), x, cond)
+    permuted, _ = walk(make(cls), field(), x[order], cond.index(order))
     torch.testing.assert_close(permuted, together[:, order], rtol=1e-12, atol=1e-12)
 
 
 @every_guider
 def test_pure_given_its_state(cls):
-    guider, x, cond = cls(), noise(), condition()
+    guider, x, cond = make(cls), noise(), condition()
     assert torch.equal(walk(guider, field(), x, cond)[0], walk(guider, field(), x, cond)[0])
 
 
 @every_guider
 def test_state_can_be_gathered(cls):
-    guider, denoiser, x, cond, index = cls(), field(), noise(), condition(), torch.tensor([3, 3, 1])
+    guider, denoiser, x, cond, index = make(cls), field(), noise(), condition(), torch.tensor([3, 3, 1])
     _, state = walk(guider, denoiser, x, cond)
     t = torch.tensor(0.1, dtype=torch.float64)
     full, _ = guider.guide(Point(denoiser, x, t, None, None, cond), state)
@@ -110,7 +109,9 @@ def test_state_can_be_gathered(cls):
 @every_guider
 def test_the_rule_does_something(cls):
     x, cond = noise(), condition()
-    assert (walk(cls(), field(), x, cond)[0] - walk(cls(enabled=False), field(), x, cond)[0]).abs().max() > 1e-2
+    assert (
+        walk(make(cls), field(), x, cond)[0] - walk(make(cls, enabled=False), field(), x, cond)[0]
+    ).abs().max() > 1e-2
 
 
 @every_guider
@@ -156,6 +157,40 @@ def test_the_loader_finds_the_base_class_in_the_module(cls):
     import sys
 
     assert hasattr(sys.modules[cls.__module__], "BaseGuidance")
+
+
+@every_guider
+def test_stats_and_calls(cls):
+    guider, denoiser, x, cond = make(cls), field(), noise(), condition()
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(sigmas=TIMES)
+    sample(denoiser, scheduler, x, cond, guider=guider)
+    stats = guider.stats()
+    assert stats["network_calls"].sum() == denoiser.calls > len(TIMES)
+    torch.testing.assert_close(stats["t"], torch.tensor(TIMES, dtype=torch.float64), rtol=1e-6, atol=0)
+    assert all(v.shape in ((3,), (3, 4)) for v in stats.values())
+    scheduler.set_timesteps(sigmas=TIMES)
+    sample(denoiser, scheduler, x, cond, guider=guider)
+    assert len(guider.stats()["t"]) == 3  # a run begins anew
+    assert guider.new().stats() == {}
+
+
+@every_guider
+def test_what_it_needs_is_missed_before_the_first_call(cls):
+    denoiser = field()
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(sigmas=TIMES)
+    for name in cls.needs:
+        guider = make(cls)
+        del guider._given[name]
+        with pytest.raises(ValueError, match=rf"lacks '{name}' .*using\({name}=\.\.\.\)"):
+            sample(denoiser, scheduler, noise(), condition(), guider=guider)
+    with pytest.raises(ValueError, match="name='nothing' is not known"):
+        cls().using(nothing=1)
+    if cls.needs_uncond:
+        with pytest.raises(ValueError, match="null_values=None"):
+            sample(denoiser, scheduler, noise(), Condition({"shift": noise()}), guider=make(cls))
+    assert denoiser.calls == 0
 
 
 def test_no_unconditional_branch():

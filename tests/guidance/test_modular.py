@@ -14,6 +14,7 @@ from genkit import interpolants
 from genkit.denoisers.base import Condition
 from genkit.denoisers.function import FunctionDenoiser
 from genkit.guidance import APG, CFG, Point, attach, detach, guided
+from tests.guidance.test_hooks import Moves
 
 BOTH = pytest.mark.parametrize("name", ["sd3", "sdxl"])
 NATIVE = {"sd3": 7.0, "sdxl": 7.5}
@@ -256,3 +257,17 @@ def test_detached_pipelines_save_no_guider(modular_pipeline, run_pipeline, tmp_p
     assert type(loaded.guider) is diffusers.ClassifierFreeGuidance
     latents = run_pipeline(loaded, "sdxl")
     assert (latents - native).abs().max() < 1e-5 * native.abs().max()
+
+
+@BOTH
+def test_a_guider_that_moves_the_sample(name, modular_pipeline, run_pipeline, relative):
+    classic, pipe = modular_pipeline(name)
+    attached = attach(pipe, Moves(guidance_scale=3.0))
+    first = run_pipeline(pipe, name)
+    with guided(classic, Moves(guidance_scale=3.0)):
+        assert relative(first, run_pipeline(classic, name)) < 1e-5
+    assert attached.stats()["network_calls"].tolist() == [4, 4, 4]
+    heun = dict(sd3="FlowMatchHeunDiscreteScheduler", sdxl="HeunDiscreteScheduler")[name]
+    pipe.update_components(scheduler=getattr(diffusers, heun).from_config(classic.scheduler.config))
+    with pytest.raises(ValueError, match="scheduler=.*Heun.*moves the sample, which modular pipelines do not hand out"):
+        attach(pipe, Moves())
