@@ -1,6 +1,7 @@
 """What the trainer keeps for each trained network: its optimiser, its schedule, its averages."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +10,8 @@ from genkit.training.config import Named, TrainConfig
 from genkit.training.ema import EMA
 from genkit.training.objectives.base import Objective, Phase, Role
 from genkit.training.optimizers import lr_factor, make_optimizer
-from genkit.training.sharding import whole
+from genkit.training.sharding import is_sharded, optimizer_state, whole
+from genkit.training.zero import Zero
 
 
 class TrainedRole:
@@ -31,6 +33,7 @@ class TrainedRole:
             config.lr_scheduler, config.lr_warmup_steps, config.max_train_steps, config.lr_final_ratio
         )
         self.ema = EMA(self.parameters, config.ema.decays) if role.ema and config.ema.decays else None
+        self.zero: Zero | None = None  # under DeepSpeed, what has taken over the optimiser
 
     def enable(self, on: bool) -> None:
         """Whether losses reach its weights; gradients with respect to its inputs pass in any case."""
@@ -51,6 +54,36 @@ class TrainedRole:
         if limit is not None:
             torch.nn.utils.clip_grads_with_norm_(present, limit, norm)
         return whole(norm)
+
+    def update(self, limit: float | None, scaler: torch.amp.GradScaler | None) -> Tensor:
+        """One step of the optimiser and of the averages; returns the norm of the gradient, before it is cut."""
+        if self.zero is not None:
+            norm = self.zero.step()
+        else:
+            if scaler is not None:
+                scaler.unscale_(self.optimizer)
+            norm = self.gradient_norm(limit)
+            self.optimizer.step() if scaler is None else scaler.step(self.optimizer)
+            self.optimizer.zero_grad(set_to_none=True)
+        if self.ema is not None:
+            self.ema.update()
+        return norm
+
+    @property
+    def spread(self) -> bool:
+        """Whether what a checkpoint holds of it must be gathered by all processes together."""
+        return self.zero is not None or is_sharded(list(self.parameters.values()))
+
+    def optimizer_state(self) -> dict[str, Any]:
+        """The optimiser's state, whole, as one process has it; where it is spread, every process must call."""
+        return whole(self.optimizer.state_dict()) if self.zero is None else self.zero.state_dict()
+
+    def load_optimizer_state(self, state: dict[str, Any]) -> None:
+        """Take up what :meth:`optimizer_state` gave, after the weights."""
+        if self.zero is None:
+            self.optimizer.load_state_dict(optimizer_state(state, list(self.parameters.values())))
+        else:
+            self.zero.load_state_dict(state)
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Live tensors of a checkpoint by file and name.

@@ -12,7 +12,7 @@ from genkit.training.config import TrainConfig
 from genkit.training.logs import flatten
 from genkit.training.objectives.base import Objective
 from genkit.training.roles import TrainedRole, own_buffers
-from genkit.training.sharding import assign, is_sharded, optimizer_state, whole
+from genkit.training.sharding import assign, whole
 
 logger = logging.getLogger("genkit.training")
 
@@ -59,8 +59,8 @@ class Saving:
         """
         failure: list[checkpoint.CheckpointError | None] = [None]
         main = self.accelerator.is_main_process
-        sharded = any(is_sharded(list(role.parameters.values())) for role in roles.values())
-        snapshot = self._snapshot(step, roles) if main or sharded else None  # shards are gathered by all together
+        together = any(role.spread for role in roles.values())
+        snapshot = self._snapshot(step, roles) if main or together else None
         if main and snapshot is not None:
             try:
                 checkpoint.save(self.config.output_dir, snapshot)
@@ -74,7 +74,7 @@ class Saving:
 
     def _snapshot(self, step: int, roles: dict[str, TrainedRole]) -> checkpoint.Snapshot:
         scaler = self.accelerator.scaler
-        optimizers = whole({name: role.optimizer.state_dict() for name, role in roles.items()})
+        optimizers = {name: role.optimizer_state() for name, role in roles.items()}
         info = {
             "optimizers": {name: type(role.optimizer).__name__ for name, role in roles.items()},
             "config": self.config.model_dump(mode="json"),
@@ -112,8 +112,7 @@ class Saving:
                     f"{path / checkpoint.OPTIMIZERS} holds the state of {had} for role {name!r}, wanted {has}"
                 )
             try:
-                state = optimizer_state(snapshot.optimizers[name], list(role.parameters.values()))
-                role.optimizer.load_state_dict(state)
+                role.load_optimizer_state(snapshot.optimizers[name])
             except (KeyError, ValueError) as error:
                 raise checkpoint.CheckpointError(
                     f"{path / checkpoint.OPTIMIZERS} does not fit role {name!r}: {error}"

@@ -1,14 +1,20 @@
 """Weights that lie in shards on several processes (FSDP), and what a method must be to train on them."""
 
+import logging
+import os
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils.constants import FSDP_SHARDING_STRATEGY
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from genkit.training.objectives.base import Objective, Phase
+from genkit.training.objectives.base import Objective
+
+logger = logging.getLogger("genkit.training")
 
 
 def whole(value: Any) -> Any:
@@ -39,34 +45,80 @@ def optimizer_state(state: dict[str, Any], parameters: list[Tensor]) -> dict[str
     return {**state, "state": cut}
 
 
-def check(accelerator: Accelerator, objective: Objective, phases: list[Phase], sampling_every: int | None) -> None:
-    """Refuse, with the remedy, what does not go with sharded weights.
+def plugin() -> FullyShardedDataParallelPlugin:
+    """FSDP as accelerate's configuration asks for it; a file of version 1 means the same in version 2.
 
     Raises:
-        ValueError: FSDP of version 1; a method of several phases, roles or backwards, or with forward-mode
-            derivatives; samples in the course of training.
+        ValueError: what version 2 has not, or what would leave weights outside the shards.
     """
-    plugin = accelerator.state.fsdp_plugin
-    name = type(objective).__name__
-    if plugin is None or plugin.fsdp_version != 2:
-        raise ValueError("FSDP: accepted is fsdp_version=2, whose weights keep their shapes; set it for accelerate")
-    trained = {role for phase in phases for role in phase.trains}
-    if len(trained) > 1 or any(phase.backwards > 1 for phase in phases):
-        raise ValueError(
-            f"FSDP: objective={name} trains {sorted(trained)} in turns or by several losses, which needs whole "
-            "weights; train it with DDP (`accelerate launch --multi_gpu`)"
-        )
+    for setting, remedy in _REFUSED.items():
+        if os.environ.get(f"FSDP_{setting}", "false").lower() not in ("false", "none", ""):
+            value = os.environ[f"FSDP_{setting}"]
+            raise ValueError(f"fsdp_config: fsdp_{setting.lower()}={value}: {remedy}")
+    settings: dict[str, Any] = {}
+    if os.environ.get("FSDP_VERSION", "1") == "1":
+        strategy = _strategy()
+        settings["reshard_after_forward"] = strategy == "FULL_SHARD"
+        if os.environ.get("RANK", "0") == "0":
+            logger.warning(
+                "fsdp_version=1 runs as fsdp_version=2, fsdp_reshard_after_forward=%s", strategy == "FULL_SHARD"
+            )
+    # Every process makes the network's weights itself, so none has to be sent them.
+    return FullyShardedDataParallelPlugin(fsdp_version=2, cpu_ram_efficient_loading=False, **settings)
+
+
+# Settings that must be off, and what to do instead.
+_REFUSED = {
+    "ACTIVATION_CHECKPOINTING": "set gradient_checkpointing=true in the recipe, which renames no weights",
+    "OFFLOAD_PARAMS": "accepted is false; DeepSpeed (ZeRO 2) can keep the optimiser's state on the CPU",
+    "IGNORED_MODULES": "accepted is none: their gradients would differ between processes",
+}
+
+
+def _strategy() -> str:
+    """What a file of version 1 calls its sharding strategy, in any of the places and forms it may have."""
+    named = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "").upper()
+    if named not in FSDP_SHARDING_STRATEGY:
+        named = os.environ.get("FSDP_SHARDING_STRATEGY", "FULL_SHARD").upper()
+    if named.isdigit():
+        named = FSDP_SHARDING_STRATEGY[int(named) - 1]
+    if named not in ("FULL_SHARD", "SHARD_GRAD_OP"):
+        raise ValueError(f"fsdp_sharding_strategy={named}: accepted are FULL_SHARD and SHARD_GRAD_OP")
+    return named
+
+
+def prepare(accelerator: Accelerator, objective: Objective) -> Any:
+    """``objective`` ready to train: under FSDP its weights lie in shards from here on."""
+    if accelerator.distributed_type != DistributedType.FSDP:
+        return accelerator.prepare(objective)
+    # accelerate wants an optimiser too, to exchange its weights; ours are made afterwards, over the shards.
+    trained = [p for p in objective.parameters() if p.requires_grad]
+    return accelerator.prepare(objective, torch.optim.SGD(trained, lr=0.0))[0]
+
+
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """Where to compute in ``precision`` on weights that stay in float32, as accelerate lets DDP do.
+
+    FSDP and DeepSpeed would cast the weights instead, and with them what a network computes from times.
+    """
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False)
+
+
+def check(objective: Objective, sampling_every: int | None) -> None:
+    """Refuse, with the remedy, what needs whole weights.
+
+    Raises:
+        ValueError: forward-mode derivatives; samples in the course of training.
+    """
     if objective.uses_forward_mode:
         raise ValueError(
-            f"FSDP: objective={name} differentiates by torch.func, which cannot look into sharded weights; set "
-            "objective.jvp=finite_difference or use a loss without derivatives (psd_m, psd_u)"
+            f"FSDP: objective={type(objective).__name__} differentiates by torch.func, which cannot look into sharded "
+            "weights; set objective.jvp=finite_difference or use a loss without derivatives (psd_m, psd_u)"
         )
     if sampling_every is not None:
         raise ValueError(
             f"sampling.every={sampling_every}: not with FSDP; set sampling.every=null and sample afterwards"
         )
-    if accelerator.mixed_precision == "fp16":
-        raise ValueError("mixed_precision='fp16': its loss scaling is not supported with FSDP; use bf16 or no")
 
 
 def is_sharded(parameters: list[Tensor]) -> bool:

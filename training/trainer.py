@@ -4,18 +4,18 @@ import logging
 import math
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 import yaml
-from accelerate import Accelerator
-from accelerate.utils import AutocastKwargs, DistributedDataParallelKwargs, DistributedType, ProjectConfiguration
+from accelerate.utils import DistributedType
 from torch import Tensor
 
 from genkit.data.loader import batches
 from genkit.rng import ItemRNG, hash_seed
-from genkit.training import checkpoint, sharding
+from genkit.training import checkpoint, machine, sharding
 from genkit.training.build import Run
 from genkit.training.health import Health
 from genkit.training.interrupt import Signals, Stopped
@@ -24,11 +24,9 @@ from genkit.training.objectives.base import Batch, DivergedError, Phase
 from genkit.training.roles import trained_roles
 from genkit.training.samples import Sampler
 from genkit.training.saving import Saving
+from genkit.training.zero import Zero
 
 logger = logging.getLogger("genkit.training")
-
-# One process, DDP on any kind of device, FSDP.
-_MACHINES = [kind for kind in DistributedType if kind.name in ("NO", "FSDP") or kind.name.startswith("MULTI_")]
 
 
 class Trainer:
@@ -54,26 +52,14 @@ class Trainer:
         phases = self._phases()
         # Looking for weights without gradient costs time, so only where a backward may leave some.
         unused = len({frozenset(p.trains) for p in phases}) > 1 or any(p.backwards > 1 for p in phases)
-        self.accelerator = Accelerator(
-            cpu=not torch.accelerator.is_available(),  # else several processes without a GPU would not find each other
-            mixed_precision=config.mixed_precision,
-            log_with=config.report_to or None,
-            project_config=ProjectConfiguration(str(config.output_dir), str(config.output_dir / config.logging_dir)),
-            kwargs_handlers=[
-                DistributedDataParallelKwargs(find_unused_parameters=unused),
-                # Releases of PyTorch keep a weight that was first cast under no_grad, without its gradient.
-                AutocastKwargs(cache_enabled=False),
-            ],
-        )
-        self._check_machine(phases)
-        if config.allow_tf32:
-            torch.backends.cuda.matmul.allow_tf32 = True
+        self.accelerator = machine.accelerator(config, find_unused=unused)
+        machine.check(self.accelerator, config, self.objective, phases)
+        torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32  # accelerate turns it on where it compiles
         self.device = self.accelerator.device
         if run.pipe is not None:
             run.pipe.to(self.device)
         self.saving = Saving(config, self.objective, self.accelerator)
-        self.wrapped = self.accelerator.prepare(self.objective)
-        self.roles = trained_roles(self.objective, config, phases)
+        self._prepare(phases)
         self._several = len({p.name for p in phases}) > 1
         self._toggle = any(set(p.trains) != set(self.roles) for p in phases)
         self._norms: dict[str, Tensor] = {}
@@ -89,18 +75,23 @@ class Trainer:
         steps = range(min(self.config.max_train_steps, 10_000))
         return list(dict.fromkeys(p for k in steps for p in self.objective.phases(k)))
 
-    def _check_machine(self, phases: list[Phase]) -> None:
-        kind = self.accelerator.distributed_type
-        if kind not in _MACHINES:
-            raise ValueError(f"distributed_type={kind.value}: accepted are {', '.join(m.value for m in _MACHINES)}")
-        if kind == DistributedType.FSDP:
-            sharding.check(self.accelerator, self.objective, phases, self.config.sampling.every)
-        processes, accumulation = self.accelerator.num_processes, self.config.gradient_accumulation_steps
-        if self.config.global_batch_size % (processes * accumulation):
-            raise ValueError(
-                f"global_batch_size={self.config.global_batch_size} is not a multiple of processes * "
-                f"gradient_accumulation_steps = {processes} * {accumulation}"
-            )
+    def _prepare(self, phases: list[Phase]) -> None:
+        """What is trained, as the machine wants it."""
+        config, kind = self.config, self.accelerator.distributed_type
+        self.autocast = self.accelerator.autocast
+        self.zero: Zero | None = None
+        if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+            self.autocast = partial(sharding.autocast, config.mixed_precision, self.device)
+            self.objective.forward = self.autocast()(self.objective.forward)  # type: ignore[method-assign]
+        if kind != DistributedType.DEEPSPEED:
+            self.wrapped = sharding.prepare(self.accelerator, self.objective)
+            self.roles = trained_roles(self.objective, config, phases)
+            return
+        self.objective.to(self.device)
+        self.roles = trained_roles(self.objective, config, phases)
+        (role,) = self.roles.values()
+        self.zero = role.zero = Zero(self.accelerator, self.objective, role.optimizer, config.max_grad_norm)
+        self.wrapped = self.zero.engine
 
     # -- the loop ----------------------------------------------------------------------------------------------
 
@@ -192,14 +183,8 @@ class Trainer:
         self._check(announced, phase)
         scaler = self.accelerator.scaler
         for role in (self.roles[name] for name in phase.trains):
-            if scaler is not None:
-                scaler.unscale_(role.optimizer)
-            norm = role.gradient_norm(self.config.max_grad_norm)
+            norm = role.update(self.config.max_grad_norm, scaler)
             logs[f"grad_norm/{role.name}"] = self._norms[role.name] = norm
-            role.optimizer.step() if scaler is None else scaler.step(role.optimizer)
-            role.optimizer.zero_grad(set_to_none=True)
-            if role.ema is not None:
-                role.ema.update()
         if scaler is not None:
             scaler.update()
         return {"loss": total, **logs}
@@ -213,7 +198,7 @@ class Trainer:
             rng = ItemRNG(seed, batch.index, self.device)
             for k in range(phase.backwards):
                 last = m == len(micro) - 1 and k == phase.backwards - 1
-                with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
+                with self._summed(last):
                     try:
                         loss = self.wrapped(phase, batch, rng) if k == 0 else self.wrapped(phase)
                     except StopIteration:
@@ -221,12 +206,18 @@ class Trainer:
                     total = total + loss.value.detach() / len(micro)
                     if last:  # before the backward is queued, so that reading it does not wait for that
                         announced = self._announce(total)
-                    self.accelerator.backward(loss.value / len(micro))
+                    (self.accelerator if self.zero is None else self.zero).backward(loss.value / len(micro))
                 for name, value in loss.logs.items():
                     logs.setdefault(name, []).append(value.detach())
             for _ in self.objective._running:
                 raise self._miscounted(phase, f"more than {phase.backwards}")
         return total, {name: torch.stack(v).double().mean() for name, v in logs.items()}, announced
+
+    def _summed(self, last: bool) -> AbstractContextManager:
+        """Within, a backward sums gradients over processes if it is the ``last`` before the update."""
+        if self.zero is not None:
+            self.zero.engine.set_gradient_accumulation_boundary(last)
+        return nullcontext() if last or self.zero is not None else self.accelerator.no_sync(self.wrapped)
 
     def _miscounted(self, phase: Phase, count: str) -> ValueError:
         return ValueError(
@@ -280,7 +271,7 @@ class Trainer:
     def _sample(self) -> None:
         assert self.sampler is not None and self.x0 is not None
         if self.accelerator.is_main_process:
-            with self.averaged(), self.accelerator.autocast():
+            with self.averaged(), self.autocast():
                 samples = self.sampler.draw(tuple(self.x0.shape[1:]), self.device)
             measures: dict[str, float] = {}
             if self.health is not None:

@@ -5,17 +5,21 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 
 from genkit.pipelines import ClassConditionalPipeline
-from genkit.training import checkpoint, logs, sharding
+from genkit.training import checkpoint, logs, machine, sharding
 from genkit.training.compare import first_difference
 from genkit.training.objectives.base import Phase
 
+SHARDED = [str(Path(__file__).with_name("fsdp_on_cpu.py"))]
 OBJECTIVE = dict(name="flow_map", loss="lsd", jvp="finite_difference", diagonal_fraction=0.5)
 FSDP = dict(
     fsdp_version=2,
@@ -26,12 +30,29 @@ FSDP = dict(
 )
 
 
-def launch(tmp_path, recipe, *overrides):
+# As `accelerate config` writes it for version 1.
+FSDP1 = dict(
+    fsdp_activation_checkpointing=False,
+    fsdp_auto_wrap_policy="TRANSFORMER_BASED_WRAP",
+    fsdp_backward_prefetch="BACKWARD_PRE",
+    fsdp_cpu_ram_efficient_loading=True,
+    fsdp_forward_prefetch=False,
+    fsdp_offload_params=False,
+    fsdp_reshard_after_forward="SHARD_GRAD_OP",
+    fsdp_state_dict_type="SHARDED_STATE_DICT",
+    fsdp_sync_module_states=True,
+    fsdp_transformer_layer_cls_to_wrap="Block",
+    fsdp_use_orig_params=True,
+    fsdp_version=1,
+)
+
+
+def launch(tmp_path, recipe, *overrides, fsdp=FSDP, program=SHARDED, mixed_precision="no"):
     machine = dict(
         compute_environment="LOCAL_MACHINE",
         distributed_type="FSDP",
-        fsdp_config=FSDP,
-        mixed_precision="no",
+        fsdp_config=fsdp,
+        mixed_precision=mixed_precision,
         num_machines=1,
         num_processes=2,
         use_cpu=True,
@@ -40,7 +61,7 @@ def launch(tmp_path, recipe, *overrides):
     (tmp_path / "accelerate.yaml").write_text(yaml.safe_dump(machine))
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     command = ["-m", "accelerate.commands.launch", "--config_file", str(tmp_path / "accelerate.yaml")]
-    command += ["-m", "genkit.training", str(tmp_path / "recipe.yaml"), "--quiet", *overrides]
+    command += [*program, str(tmp_path / "recipe.yaml"), "--quiet", *overrides]
     return subprocess.run(
         [sys.executable, *command],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -51,7 +72,7 @@ def launch(tmp_path, recipe, *overrides):
 
 
 def test_two_processes_of_shards_equal_one(toys, tmp_path):
-    shared = dict(objective=OBJECTIVE, checkpointing_steps=4, max_grad_norm=0.5)
+    shared = dict(objective=OBJECTIVE, checkpointing_steps=4, max_grad_norm=0.5, gradient_accumulation_steps=2)
     done = launch(tmp_path, toys.settings(tmp_path / "two", **shared, max_train_steps=8))
     assert done.returncode == 0, done.stderr
     toys.run(toys.digits(tmp_path / "one", **shared, max_train_steps=8))
@@ -77,19 +98,32 @@ def test_shards_resume_from_one_process(toys, tmp_path):
     shared = dict(objective=OBJECTIVE, checkpointing_steps=4, lr_scheduler="constant_with_warmup")
     toys.run(toys.digits(tmp_path / "run", **shared, max_train_steps=4))
     recipe = toys.settings(tmp_path / "run", **shared, max_train_steps=8, resume="latest")
-    done = launch(tmp_path, recipe)
+    done = launch(tmp_path, recipe, fsdp=FSDP1, mixed_precision="bf16")
     assert done.returncode == 0, done.stderr
+    assert done.stderr.count("fsdp_version=1 runs as fsdp_version=2, fsdp_reshard_after_forward=False") == 1
+    assert done.stderr.count("overridden by the recipe: mixed_precision=bf16 (recipe: no)") == 1
     toys.run(toys.digits(tmp_path / "whole", **shared, max_train_steps=8))
     a, b = (logs.read(tmp_path / name / logs.FILE) for name in ("whole", "run"))
     assert len(b) == 8 and first_difference(a, b, 1e-5) is None, first_difference(a, b, 1e-5)
 
 
-class _Machine:
-    mixed_precision = "no"
+def test_bf16_computes_by_autocast_on_float32_shards(toys, tmp_path):
+    shared = dict(objective=OBJECTIVE, max_train_steps=6, mixed_precision="bf16")
+    done = launch(tmp_path, toys.settings(tmp_path / "two", **shared))
+    assert done.returncode == 0, done.stderr
+    toys.run(toys.digits(tmp_path / "one", **shared))
+    AcceleratorState._reset_state()
+    toys.run(toys.digits(tmp_path / "float32", **shared | dict(mixed_precision="no")))
+    ours, theirs, exact = (logs.read(tmp_path / name / logs.FILE) for name in ("two", "one", "float32"))
+    assert first_difference(ours, theirs, 1e-4) is None, first_difference(ours, theirs, 1e-4)
+    assert first_difference(exact, theirs, 1e-4) is not None
+    weights = load_file(tmp_path / "two" / "checkpoint-6" / "student.safetensors")
+    assert {w.dtype for w in weights.values()} == {torch.float32}
 
-    def __init__(self, version):
-        plugin = type("Plugin", (), {"fsdp_version": version})
-        self.state = type("State", (), {"fsdp_plugin": plugin})
+
+def test_fsdp_that_would_be_ddp_is_refused(toys, tmp_path):
+    done = launch(tmp_path, toys.settings(tmp_path / "two"), program=["-m", "genkit.training"])
+    assert done.returncode != 0 and "set distributed_type=MULTI_CPU" in done.stderr
 
 
 class _Method:
@@ -97,19 +131,42 @@ class _Method:
         self.uses_forward_mode = forward_mode
 
 
+@pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED])
 @pytest.mark.parametrize(
-    "version, method, phases, every, message",
+    "phases",
+    [[Phase("a", ("a",)), Phase("b", ("b",))], [Phase("a", ("a",), backwards=2)]],
+)
+def test_methods_of_several_networks_or_losses_are_refused(kind, phases):
+    with pytest.raises(ValueError, match=f"{kind.value}: objective=_Method .*in turns or by several losses"):
+        machine.check(SimpleNamespace(distributed_type=kind), None, _Method(), phases)
+
+
+@pytest.mark.parametrize(
+    "method, every, message",
     [
-        (1, _Method(), [Phase("a", ("a",))], None, "accepted is fsdp_version=2"),
-        (2, _Method(), [Phase("a", ("a",)), Phase("b", ("b",))], None, "in turns or by several losses"),
-        (2, _Method(), [Phase("a", ("a",), backwards=2)], None, "in turns or by several losses"),
-        (2, _Method(True), [Phase("a", ("a",))], None, "objective.jvp=finite_difference"),
-        (2, _Method(), [Phase("a", ("a",))], 5, "sampling.every=5: not with FSDP"),
+        (_Method(True), None, "objective.jvp=finite_difference"),
+        (_Method(), 5, "sampling.every=5: not with FSDP"),
     ],
 )
-def test_what_does_not_go_with_shards_is_refused(version, method, phases, every, message):
+def test_what_needs_whole_weights_is_refused(method, every, message):
     with pytest.raises(ValueError, match=message):
-        sharding.check(_Machine(version), method, phases, every)
+        sharding.check(method, every)
+
+
+@pytest.mark.parametrize(
+    "setting, value, message",
+    [
+        ("RESHARD_AFTER_FORWARD", "no_shard", "fsdp_sharding_strategy=NO_SHARD: accepted are"),
+        ("SHARDING_STRATEGY", "4", "fsdp_sharding_strategy=HYBRID_SHARD: accepted are"),
+        ("ACTIVATION_CHECKPOINTING", "true", "set gradient_checkpointing=true in the recipe"),
+        ("OFFLOAD_PARAMS", "true", "fsdp_offload_params=true: accepted is false"),
+        ("IGNORED_MODULES", "x_embed", "fsdp_ignored_modules=x_embed: accepted is none"),
+    ],
+)
+def test_fsdp_settings_that_cannot_be_kept_are_refused(monkeypatch, setting, value, message):
+    monkeypatch.setenv(f"FSDP_{setting}", value)
+    with pytest.raises(ValueError, match=message):
+        sharding.plugin()
 
 
 def test_forward_mode_is_declared(toys, tmp_path):
