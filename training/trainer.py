@@ -14,6 +14,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor
 
 from genkit.data.loader import batches
+from genkit.denoisers.base import FlowMap
 from genkit.rng import ItemRNG, hash_seed
 from genkit.training import checkpoint, machine, sharding
 from genkit.training.build import Run
@@ -52,6 +53,8 @@ class Trainer:
         phases = self._phases()
         # Looking for weights without gradient costs time, so only where a backward may leave some.
         unused = len({frozenset(p.trains) for p in phases}) > 1 or any(p.backwards > 1 for p in phases)
+        # A flow map that is trained as a plain denoiser does not use what it makes of its second time.
+        unused |= isinstance(run.student, FlowMap) and not self.objective.needs_flow_map
         self.accelerator = machine.accelerator(config, find_unused=unused)
         machine.check(self.accelerator, config, self.objective, phases)
         torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32  # accelerate turns it on where it compiles

@@ -162,24 +162,23 @@ class Zero:
 
         self.engine.optimizer.refresh_fp32_params()
         flat, _ = self._flat()
-        by_weight: dict[int, dict[str, Any]] = state["state"]
-        if by_weight and len(by_weight) != len(self.parameters):
-            raise ValueError(f"it is of {len(by_weight)} weights, wanted {len(self.parameters)}")
-        first = by_weight.get(0, {})
+        by_weight: dict[int, dict[str, Any]] = state["state"]  # none of a weight that has had no gradient yet
+        first = next(iter(by_weight.values()), {})
         spread = [
             key
             for key, value in first.items()
-            if isinstance(value, Tensor)
-            and all(by_weight[i][key].shape == p.shape for i, p in enumerate(self.parameters))
+            if isinstance(value, Tensor) and all(v[key].shape == self.parameters[i].shape for i, v in by_weight.items())
         ]
         mine = {key: torch.zeros_like(flat) if key in spread else value for key, value in first.items()}
         (group,) = state["param_groups"]
+        if len(group["params"]) != len(self.parameters):
+            raise ValueError(f"it is of {len(group['params'])} weights, wanted {len(self.parameters)}")
         flat_state = {"state": {0: mine} if mine else {}, "param_groups": [{**group, "params": [0]}]}
         self.optimizer.load_state_dict(flat_state)
         lazy_init_hp_params_optimizer_state(self.parameters, flat, self.optimizer.state)
-        for i, parameter in enumerate(self.parameters):
+        for i, values in by_weight.items():
             for key in spread:
-                safe_set_full_optimizer_state(parameter, by_weight[i][key], key)
+                safe_set_full_optimizer_state(self.parameters[i], values[key], key)
 
     def _flat(self) -> tuple[Tensor, dict[str, Any]]:
         """This process's part of the weights, and the optimiser's state of it."""

@@ -125,6 +125,7 @@ def losses(folder) -> list[dict]:
 
 
 PARALLEL = {
+    "flow_matching": dict(objective=dict(name="flow_matching")),
     "lsd": dict(objective=dict(name="flow_map", loss="lsd", diagonal_fraction=0.5)),
     "psd_u": dict(objective=dict(name="flow_map", loss="psd_u"), gradient_accumulation_steps=2),
 }
