@@ -1,15 +1,32 @@
 """Guiders that are ready to run: with what they need and JSON cannot hold (see ``Guider.using``)."""
 
 import inspect
+import math
 from collections.abc import Callable
 
+import torch
+
 from genkit.guidance.base import Guider
+from genkit.guidance.readout import SpatialTarget
+from genkit.networks.readout_head import ReadoutHead
 from genkit.registry import members
 
 GUIDERS = members("genkit.guidance", Guider)
 
 # By the guider's name: what `using` is given for samples of shape (B, ...), or settings of the constructor.
 GIVEN: dict[str, Callable[[tuple[int, ...]], dict]] = {}
+
+
+def _readout(shape):
+    """A head on the prediction itself, which every denoiser has, and a target for it."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        head = ReadoutHead(["raw"], [shape[1]], out_channels=1, projection_dim=24, norm_num_groups=1).double()
+    control = torch.linspace(-0.5, 0.5, math.prod(shape[2:]))
+    return {"targets": {"map": SpatialTarget(head=head, control=control.view(1, 1, *(shape[2:] or (1, 1))))}}
+
+
+GIVEN["readout"] = _readout
 
 
 def ready(cls: type[Guider], shape: tuple[int, ...], **settings) -> Guider:
