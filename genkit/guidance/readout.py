@@ -131,7 +131,8 @@ class Readout(Guider):
         self.inner.check(shape, condition)
         targets = self.given("targets")
         if not isinstance(targets, Mapping) or not targets:
-            raise ValueError(f"targets={targets!r}: accepted is {self.takes['targets']}, at least one")
+            got = targets if targets == {} else type(targets).__name__
+            raise ValueError(f"targets={got}: accepted is {self.takes['targets']}, at least one")
         for name, target in targets.items():
             if not isinstance(target, Target):
                 raise ValueError(f"targets[{name!r}]={type(target).__name__}: accepted is {self.takes['targets']}")
