@@ -18,10 +18,10 @@ GIVEN: dict[str, Callable[[tuple[int, ...]], dict]] = {}
 
 
 def _readout(shape):
-    """A head on the prediction itself, which every denoiser has, and a target for it."""
+    """A head on the predicted sample, which every denoiser has, and a target for it."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        head = ReadoutHead(["raw"], [shape[1]], out_channels=1, projection_dim=24, norm_num_groups=1).double()
+        head = ReadoutHead(["sample"], [shape[1]], out_channels=1, projection_dim=24, norm_num_groups=1).double()
     control = torch.linspace(-0.5, 0.5, math.prod(shape[2:]))
     return {"targets": {"map": SpatialTarget(head=head, control=control.view(1, 1, *(shape[2:] or (1, 1))))}}
 

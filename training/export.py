@@ -1,4 +1,4 @@
-"""The trained student in the form in which it is used and shared."""
+"""What was trained, in the form in which it is used and shared."""
 
 from contextlib import nullcontext
 from pathlib import Path
@@ -20,13 +20,19 @@ def export(trainer: Trainer) -> Path:
     """Write the student with its averaged weights; returns the folder.
 
     A two-time student of a Diffusers network: ``flow_map/``, for :func:`genkit.hub.load_flow_map`. A LoRA: ``lora/``,
-    for ``pipe.load_lora_weights``. Anything else: ``pipeline/``, a Diffusers pipeline folder.
+    for ``pipe.load_lora_weights``. Anything else: ``pipeline/``, a Diffusers pipeline folder. Where the student is
+    frozen, the trained role in its place: a folder of its name, for the ``from_pretrained`` of its class.
     """
     run = trainer.run
     output_dir = run.config.output_dir
     (role, *_) = trainer.roles.values()
     if is_sharded(list(role.parameters.values())):
         run = _whole_run(trainer, role)
+    module = run.objective.roles[role.name].module
+    if module is not run.student.module:
+        with role.ema.swapped() if role.ema is not None and run is trainer.run else nullcontext():
+            module.save_pretrained(output_dir / role.name)  # type: ignore[operator]
+        return output_dir / role.name
     with trainer.averaged() if run is trainer.run else nullcontext():
         if isinstance(run.student, TwoTime):
             return save_flow_map(output_dir / "flow_map", run.student)
@@ -46,7 +52,7 @@ def _whole_run(trainer: Trainer, role: TrainedRole) -> Run:
     config = trainer.run.config
     folder = config.output_dir / f"checkpoint-{trainer.step}"
     run = build(config)
-    state = dict(run.student.module.named_parameters())
+    state = dict(run.objective.roles[role.name].module.named_parameters())
     if role.ema is None:
         weights = load_file(folder / f"{role.name}.safetensors")
     else:

@@ -47,11 +47,11 @@ class Inputs:
     @torch.no_grad()
     def __call__(self, read: dict[str, Any], device: torch.device) -> Batch:
         """One micro-batch of the loader, on ``device``."""
-        index = read["index"].to(device, non_blocking=True)
-        x0 = read["x0"].to(device, non_blocking=True)
+        fields = {k: v.to(device, non_blocking=True) for k, v in read.items() if isinstance(v, Tensor)}
+        x0, index = fields["x0"], fields["index"]
         if self.vae is not None:
             x0 = self._encode(x0, index)
-        return Batch(x0, self.condition(read, device), index)
+        return Batch(x0, self.condition(read, device), index, fields)
 
     @torch.no_grad()
     def condition(self, read: dict[str, Any], device: torch.device) -> Condition:

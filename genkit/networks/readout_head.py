@@ -17,7 +17,7 @@ from genkit.denoisers.flux import Flux
 from genkit.denoisers.network import adapter_of, unwrap
 from genkit.registry import unknown
 
-RAW = "raw"
+SAMPLE = "sample"
 KINDS = ("spatial", "feature")
 TEMB_CONVENTIONS = ("timestep", "reversed", "none")
 # A decoder's second convolutions, before the residual sum; the same place of transformers, where a block adds what it
@@ -53,7 +53,8 @@ class ReadoutHead(ModelMixin, ConfigMixin):
     ``P = 384`` and the decoder of SDXL a spatial head has 5,907,436 weights and a feature head 5,427,945.
 
     Args:
-        at: names of the denoiser's sub-modules whose outputs are read; ``raw`` is its own output, which any has.
+        at: names of the denoiser's sub-modules whose outputs are read; ``sample`` is the clean sample that it
+            predicts, which any denoiser has.
         channels: ``d_l``, a number for each.
         kind: ``spatial``, a map ``(B, out_channels, h, w)`` in [-1, 1]; or ``feature``, ``(B, P, h, w)``.
         out_channels: of a spatial map.
@@ -245,9 +246,11 @@ def capture(
     names = list(dict.fromkeys(name for head in heads for name in head.config.at))
     keys = list(dict.fromkeys(head.time_key for head in heads if head.time_key is not None))
     plain = [name for name, convention in keys if convention == "timestep"]
-    modules = [name for name in names if name != RAW] + plain
+    modules = [name for name in names if name != SAMPLE] + plain
     prediction, outputs = denoiser.features(z, t, condition, modules, timestep=timestep)
-    seen = {**dict(zip(modules, outputs, strict=True)), RAW: prediction.raw}
+    seen = dict(zip(modules, outputs, strict=True))
+    if SAMPLE in names:
+        seen[SAMPLE] = prediction.sample
     times = {(name, "timestep"): seen[name].detach() for name in plain}
     native = denoiser.interpolant.timestep(t) if timestep is None else timestep
     for name, convention in keys:

@@ -59,11 +59,15 @@ class Loss(NamedTuple):
 
 @dataclass
 class Batch:
-    """One micro-batch: clean samples ``(B, ...)``, what they are conditioned on, and their positions in the run."""
+    """One micro-batch: clean samples ``(B, ...)``, what they are conditioned on, and their positions in the run.
+
+    ``fields`` are the tensors of the source by its names for them, ``x0`` among them as it was before any encoding.
+    """
 
     x0: Tensor
     condition: Condition
     index: Tensor
+    fields: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class DivergedError(RuntimeError):
