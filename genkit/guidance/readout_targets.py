@@ -2,6 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,7 +55,7 @@ def at_points(features: Tensor, points: Tensor) -> Tensor:
     return features.flatten(2).gather(2, index[:, None].expand(-1, features.shape[1], -1))
 
 
-def resized(control: Tensor, size: tuple[int, int]) -> Tensor:
+def resized(control: Tensor, size: Sequence[int]) -> Tensor:
     """A map ``(B, C, H, W)`` on a grid of ``size``: averages over the pixels that fall into one."""
     return F.interpolate(control, size=size, mode="area")
 

@@ -26,7 +26,7 @@ _DECODER = r"up_blocks\.\d+\.resnets\.\d+\.conv2"
 _TRANSFORMER = r"(transformer_blocks\.\d+\.ff|single_transformer_blocks\.\d+\.proj_out|blocks\.\d+\.fc2)"
 
 
-class Block(nn.Module):
+class ReadoutBlock(nn.Module):
     """Bottleneck ``d -> P/4 -> P/4 -> P`` with a shortcut, the timestep added after the first convolution."""
 
     def __init__(self, channels: int, width: int, groups: int, time_channels: int | None):
@@ -100,7 +100,7 @@ class ReadoutHead(ModelMixin, ConfigMixin):
                 "whose quarter the groups divide"
             )
         time = None if time_module is None else time_channels
-        self.blocks = nn.ModuleList(Block(d, projection_dim, norm_num_groups, time) for d in channels)
+        self.blocks = nn.ModuleList(ReadoutBlock(d, projection_dim, norm_num_groups, time) for d in channels)
         self.mixing = nn.Parameter(torch.ones(len(channels)))
         wide, narrow = projection_dim // 3, projection_dim // 12
         self.output = (
@@ -147,11 +147,10 @@ class ReadoutHead(ModelMixin, ConfigMixin):
             temb: ``(B, time_channels)``, or ``None`` to leave the timestep out.
             size: ``(h, w)``, the grid of the latents.
         """
-        to = {"device": self.mixing.device, "dtype": self.mixing.dtype}
-        temb = None if temb is None else temb.to(**to)
+        temb = None if temb is None else temb.to(self.mixing)
         total: Any = 0
         for weight, block, feature in zip(self.mixing.softmax(0), self.blocks, features, strict=True):
-            grid = on_grid(feature.to(**to), size, self.config.patch_size)
+            grid = on_grid(feature.to(self.mixing), size, self.config.patch_size)
             total = total + weight * block(grid, temb)
         return self.output(total)
 
@@ -262,7 +261,8 @@ def capture(
 @torch.no_grad()
 def _reversed_embedding(denoiser: Denoiser, name: str, timestep: Tensor, z: Tensor) -> Tensor:
     network = unwrap(denoiser.network)
-    embedding, parent = network.get_submodule(name), network.get_submodule(name.rpartition(".")[0])
+    embedding: Any = network.get_submodule(name)
+    parent: Any = network.get_submodule(name.rpartition(".")[0])
     steps = getattr(denoiser.interpolant, "num_train_timesteps", None)
     if steps is None or not hasattr(parent, "time_proj"):
         raise ValueError(

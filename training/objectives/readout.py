@@ -218,7 +218,8 @@ def _modules(network, names: list[str] | None) -> list[tuple[str, int]]:
     known = dict(readable(network))
     if names is None:
         return list(known.items())
-    known[SAMPLE] = unwrap(network).config.in_channels // (4 if adapter_of(network) is Flux else 1)
+    config: Any = unwrap(network).config
+    known[SAMPLE] = config.in_channels // (4 if adapter_of(network) is Flux else 1)
     wrong = [name for name in names if name not in known]
     if wrong:
         raise ValueError(unknown("objective.modules", wrong[0], known))
