@@ -10,10 +10,13 @@ import torch
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from genkit.interpolants import Interpolant, Linear, from_scheduler, scheduler_prediction_type
 from genkit.registry import unknown
+
+Generators = torch.Generator | list[torch.Generator] | None
 
 SPACINGS = ("uniform", "linspace", "leading", "trailing")
 
@@ -61,6 +64,7 @@ class PathScheduler(SchedulerMixin, ConfigMixin):
         total = config.num_train_timesteps
         self._step_index: int | None = None
         self._begin_index: int | None = None
+        self._generator: Generators = None
         self._set(torch.linspace(1, 1 / total, total, dtype=torch.float64), None)
 
     def __init_subclass__(cls, **kwargs):
@@ -224,6 +228,19 @@ class PathScheduler(SchedulerMixin, ConfigMixin):
         if not len(hits):
             raise ValueError(f"timestep={value.item()} is not one of scheduler.timesteps")
         return int(hits[0])
+
+    # -- noise --------------------------------------------------------------------------------------------------
+
+    def set_generator(self, generator: Generators) -> None:
+        """Draw from ``generator``, or one a sample, wherever ``step`` is given none (SD3 and Flux never give one).
+
+        It stays until the next call of this method, and goes on from where the last run left it.
+        """
+        self._generator = generator
+
+    def _noise(self, like: Tensor, generator: Generators) -> Tensor:
+        generator = self._generator if generator is None else generator
+        return randn_tensor(like.shape, generator=generator, device=like.device, dtype=like.dtype)
 
     # -- samples ------------------------------------------------------------------------------------------------
 
