@@ -10,6 +10,7 @@ import diffusers
 import pytest
 import torch
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from genkit.denoisers import FunctionDenoiser, from_pipeline
@@ -473,23 +474,25 @@ def test_saved_and_loaded_in_a_fresh_process(tiny_pipeline, run_pipeline, tmp_pa
         expected = run_pipeline(pipe, "sd15")
     guider.save_pretrained(tmp_path / "guider")
     target.head.save_pretrained(tmp_path / "head")
-    torch.save(target.control, tmp_path / "control.pt")
+    save_file({"control": target.control}, tmp_path / "control.safetensors")
     code = f"""
     import sys, torch, genkit
     torch.set_num_threads(1)
+    from safetensors.torch import load_file, save_file
     from genkit.guidance.readout import SpatialTarget
     from genkit.networks.readout_head import ReadoutHead
     from genkit.testing import tiny
     pipe = tiny.pipeline("sd15")
     head = ReadoutHead.from_pretrained({str(tmp_path / "head")!r})
-    target = SpatialTarget(head=head, control=torch.load({str(tmp_path / "control.pt")!r}))
+    target = SpatialTarget(head=head, control=load_file({str(tmp_path / "control.safetensors")!r})["control"])
     guider = genkit.load_guider({str(tmp_path / "guider")!r}).using(targets={{"map": target}})
     with genkit.guided(pipe, guider):
         settings = tiny.call_arguments("sd15", 3) | dict(output_type="latent", negative_prompt="two dogs")
-        torch.save(pipe(**settings, guidance_scale=2.0).images, {str(tmp_path / "out.pt")!r})
+        images = pipe(**settings, guidance_scale=2.0).images
+    save_file({{"images": images}}, {str(tmp_path / "out.safetensors")!r})
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, capture_output=True)
-    torch.testing.assert_close(torch.load(tmp_path / "out.pt"), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(load_file(tmp_path / "out.safetensors")["images"], expected, rtol=1e-5, atol=1e-5)
 
 
 # -- bad input ------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from genkit.data.base import SeededConfig, Source
 from genkit.data.digits import Digits
@@ -16,12 +17,14 @@ from genkit.pipelines import ClassConditionalPipeline
 from genkit.rng import ItemRNG
 from genkit.training import logs
 from genkit.training.build import build
+from genkit.training.compare import first_difference
 from genkit.training.config import TrainConfig, load_config
 from genkit.training.export import export
 from genkit.training.inputs import Inputs
 from genkit.training.objectives.base import Batch
 from genkit.training.objectives.readout import distance, edges, map_error, point_error
 from genkit.training.trainer import Trainer
+from tests.training.test_fsdp import launch
 
 F64 = torch.float64
 HEAD = dict(modules=["sample", "blocks.0.fc2"], projection_dim=24, norm_num_groups=2)
@@ -146,6 +149,18 @@ def test_the_loss_does_not_depend_on_how_a_batch_is_cut(toys, tmp_path):
     whole = loss(torch.arange(6))
     parts = torch.stack([loss(rows) for rows in torch.arange(6).split(2)])
     torch.testing.assert_close(parts.mean(), whole, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_two_processes_of_shards_train_and_export_the_head_of_one(toys, tmp_path):
+    shared = dict(objective=dict(name="readout") | HEAD, checkpointing_steps=4, max_train_steps=8)
+    done = launch(tmp_path, toys.settings(tmp_path / "two", **shared))
+    assert done.returncode == 0, done.stderr
+    toys.run(toys.digits(tmp_path / "one", **shared))
+    assert first_difference(toys.losses(tmp_path / "one"), toys.losses(tmp_path / "two"), 1e-5) is None
+    head = ReadoutHead.from_pretrained(tmp_path / "two/head")
+    averages = load_file(tmp_path / "two/checkpoint-8/head.ema.safetensors")
+    assert all(torch.equal(p, averages[f"0.9/{name}"]) for name, p in head.named_parameters())
 
 
 def test_without_its_condition_the_network_sees_the_null_class(toys, tmp_path):
