@@ -124,23 +124,27 @@ class Interpolant(ABC):
             return prediction
         t = _wide(t, x)
         alpha, sigma = self.alpha(t), self.sigma(t)
+        needs_x0, needs_eps = target != "epsilon", target != "sample"
+        x0 = eps = prediction
         if source == "epsilon":
             _refuse_zero(alpha, t, "alpha", source, target, "x0", "v_prediction or flow_prediction model")
-            eps = prediction
             x0 = (x - expand(sigma, x) * eps) / expand(alpha, x)
         elif source == "sample":
-            x0 = prediction
             _refuse_zero(sigma, t, "sigma", source, target, "eps", "v_prediction or flow_prediction model")
             eps = (x - expand(alpha, x) * x0) / expand(sigma, x)
         elif source == "v_prediction":
             norm = alpha**2 + sigma**2
-            x0 = (expand(alpha, x) * x - expand(sigma, x) * prediction) / expand(norm, x)
-            eps = (expand(sigma, x) * x + expand(alpha, x) * prediction) / expand(norm, x)
+            if needs_x0:
+                x0 = (expand(alpha, x) * x - expand(sigma, x) * prediction) / expand(norm, x)
+            if needs_eps:
+                eps = (expand(sigma, x) * x + expand(alpha, x) * prediction) / expand(norm, x)
         else:
             d_alpha, d_sigma = self.d_alpha(t), self.d_sigma(t)
             wronskian = expand(alpha * d_sigma - d_alpha * sigma, x)
-            x0 = (expand(d_sigma, x) * x - expand(sigma, x) * prediction) / wronskian
-            eps = (expand(alpha, x) * prediction - expand(d_alpha, x) * x) / wronskian
+            if needs_x0:
+                x0 = (expand(d_sigma, x) * x - expand(sigma, x) * prediction) / wronskian
+            if needs_eps:
+                eps = (expand(alpha, x) * prediction - expand(d_alpha, x) * x) / wronskian
         return self.target(target, x0, eps, t)
 
     def to_update(self, update: Tensor, target: str, t: Tensor) -> Tensor:

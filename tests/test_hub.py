@@ -384,6 +384,10 @@ def test_a_class_that_cannot_be_shipped(tmp_path, tiny_pipeline):
 # -- the stock loader, after import genkit ------------------------------------------------------------------------
 
 
+# What constructors cannot do without.
+SETTINGS = {"ReadoutHead": {"at": ["sample"], "channels": [1], "projection_dim": 24, "norm_num_groups": 1}}
+
+
 def test_stock_loader_finds_every_component_after_import_genkit(tmp_path, tiny_pipeline):
     """One fresh process; remote code is off, since genkit's classes need none."""
     from diffusers import ModelMixin
@@ -402,7 +406,7 @@ def test_stock_loader_finds_every_component_after_import_genkit(tmp_path, tiny_p
         # Any pipeline's slot will do: what is tested is how the loader finds the class.
         made = class_conditional(FlowMatchEulerDiscreteScheduler())
         slot = "guider" if cls in guiders else "scheduler" if cls in schedulers else "transformer"
-        made.register_modules(**{slot: cls()})
+        made.register_modules(**{slot: cls(**SETTINGS.get(cls.__name__, {}))})
         made.save_pretrained(tmp_path / str(i))
         assert json.loads((tmp_path / str(i) / "model_index.json").read_text())[slot] == [cls.__module__, cls.__name__]
     pipe.scheduler = schedulers[0]()

@@ -12,6 +12,7 @@ from genkit.guidance.base import Guider, check_range
 from genkit.interpolants import expand
 from genkit.registry import unknown
 
+_TERMS = 256
 FORMULATIONS = ("paper", "diffusers", "comfyui")
 
 
@@ -95,7 +96,7 @@ class APG(Guider):
         cond, uncond, w = parts["cond"], parts["uncond"], self.guidance_scale
         plain = self.eta == 1 and self.norm_threshold == 0 and self.momentum == 0
         if plain and self.formulation != "comfyui":
-            return cond.with_raw(uncond.raw + w * (cond.raw - uncond.raw)), state
+            return cond.with_raw((cond.raw - uncond.raw).mul_(w).add_(uncond.raw)), state
         if self.formulation != "diffusers" and cond.prediction_type != "sample" and _at_data(cond):
             return cond, state  # there the network's input is the clean sample: nothing is left to guide
         reference, push = self._push(parts)
@@ -103,16 +104,17 @@ class APG(Guider):
             state = self._advance(push, cond.t, state)
             push = state.after
         dims = self._axes(push)
-        norm, length = _norm(push, dims), _norm(reference, dims)
-        projection = _product(push, reference, dims) / length.where(length > 0, 1)
+        norm, length = inner(push, push, dims).sqrt(), inner(reference, reference, dims)
+        along = inner(push, reference, dims) / length.where(length > 0, 1)
         cap = (self.norm_threshold / norm).clamp(max=1) if self.norm_threshold else torch.ones_like(norm)
-        cosine = projection / norm.where(norm > 0, 1)
-        self.note(norm=_per_sample(norm), cosine=_per_sample(cosine), capped=_per_sample((cap < 1).double()))
-        parallel = (1 - self.eta) * cap * projection / length.where(length > 0, 1)
-        update = cap.to(push.dtype) * push - parallel.to(push.dtype) * reference
+        cosine = along * length.sqrt() / norm.where(norm > 0, 1)
+        self.note(norm=_per_sample(norm), cosine=_per_sample(cosine), capped=_per_sample((cap < 1).to(cap.dtype)))
+        gain = w if self.formulation in ("diffusers", "comfyui") else w - 1
+        away, orthogonal = (gain * (self.eta - 1) * cap * along).to(push.dtype), (gain * cap).to(push.dtype)
+        update = (push * orthogonal).addcmul_(reference, away)
         if self.formulation == "diffusers":
-            return cond.with_raw((uncond.raw + w * update).to(cond.raw.dtype)), state
-        return cond.moved((w if self.formulation == "comfyui" else w - 1) * update), state
+            return cond.with_raw((uncond.raw + update).to(cond.raw.dtype)), state
+        return cond.moved(update), state
 
     def _push(self, parts) -> tuple[Tensor, Tensor]:
         """The conditional prediction and its difference from the unconditional one, in the space of the rule."""
@@ -121,17 +123,18 @@ class APG(Guider):
         difference = cond.raw.to(wide) - uncond.raw.to(wide)
         if self.formulation == "diffusers":
             return cond.raw.to(wide), difference
-        # Conversions are linear, so that of the difference needs no x: near the data x would swamp it.
-        nowhere = torch.zeros_like(difference)
-        push = cond.interpolant.convert(difference, cond.prediction_type, "sample", nowhere, cond.t)
-        return cond.sample.to(wide), push
+        # Conversions are linear, so that of the difference is a factor: near the data x would swamp it.
+        factor = cond.interpolant.convert(
+            torch.ones_like(cond.t), cond.prediction_type, "sample", torch.zeros_like(cond.t), cond.t
+        )
+        return cond.sample.to(wide), difference.mul_(expand(factor, difference).to(difference))
 
     def _advance(self, push: Tensor, t: Tensor, state: Momentum | None) -> Momentum:
         if state is None:
             before = None
         else:
             before = state.before if torch.equal(state.t, t) else state.after
-        return Momentum(t, before, push if before is None else push + self.momentum * before)
+        return Momentum(t, before, push if before is None else torch.add(push, before, alpha=self.momentum))
 
     def _axes(self, x: Tensor) -> tuple[int, ...]:
         if self.dims is not None:
@@ -142,13 +145,16 @@ class APG(Guider):
         return tuple(d for d in range(1, x.ndim) if d not in frames)
 
 
-def _product(x: Tensor, y: Tensor, dims) -> Tensor:
-    wide = torch.float32 if x.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
-    return (x.to(wide) * y.to(wide)).sum(dims, keepdim=True)
-
-
-def _norm(x: Tensor, dims) -> Tensor:
-    return _product(x, x, dims).sqrt()
+def inner(x: Tensor, y: Tensor, dims: Sequence[int]) -> Tensor:
+    """``<x, y>`` over ``dims``, which stay as axes of size 1; in float64 beyond 256 terms, fast."""
+    kept = [d for d in range(x.ndim) if d not in {a % x.ndim for a in dims}]
+    shape = [n if d in kept else 1 for d, n in enumerate(x.shape)]
+    if kept != [0] or x[0].numel() % _TERMS:
+        wide = torch.float32 if x.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+        return (x * y).sum(list(dims), keepdim=True, dtype=wide)
+    x, y = (v.reshape(len(v), -1, _TERMS) for v in (x, y))
+    total = torch.linalg.vecdot(x, y)
+    return total.to(total.dtype if x.device.type == "mps" else torch.float64).sum(1).view(shape)
 
 
 def _per_sample(x: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ class CFG(Guider):
 
     def combine(self, parts, state):
         cond, uncond = parts["cond"].raw, parts["uncond"].raw
-        guided = uncond + self.guidance_scale * (cond - uncond)
+        guided = (cond - uncond).mul_(self.guidance_scale).add_(uncond)  # in place: as fast as memory allows
         if self.guidance_rescale:
             factor = _std(cond) / _std(guided)
             guided = guided + self.guidance_rescale * (guided * (factor - 1)).to(guided.dtype)
