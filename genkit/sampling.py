@@ -117,6 +117,7 @@ def trajectory(
     is_map = check_fit(denoiser, scheduler, guider)
     if guider is not None:
         guider.check(tuple(x.shape), condition)
+        guider.check_network(denoiser.network, denoiser.interpolant, denoiser.prediction_type, tuple(x.shape))
         guider.start_run()
     expected = scheduler_prediction_type(scheduler)
     timesteps = scheduler.timesteps

@@ -12,6 +12,7 @@ from torch import Tensor
 from genkit.denoisers.base import Condition, Prediction
 from genkit.guidance.point import Guided, Point
 from genkit.guidance.protocol import ModularProtocol
+from genkit.interpolants import Interpolant
 from genkit.registry import unknown
 
 __all__ = ["Guided", "Guider", "Point", "check_range", "within"]
@@ -132,6 +133,13 @@ class Guider(ModularProtocol):
             )
         if self.needs_uncond and self._switched_on and not self.neutral and condition is not None:
             condition.null()
+
+    def check_network(self, network, interpolant: Interpolant, prediction_type: str, shape: tuple[int, ...]) -> None:
+        """Refuse a network (its path, what it predicts, samples of ``shape``) that the rule cannot work with.
+
+        Called after :meth:`check`, before the network's first call. Nothing by default; what rules that bring models
+        of their own (a weaker network, a classifier) override.
+        """
 
     # -- diagnostics ----------------------------------------------------------------------------------------------
 

@@ -159,7 +159,9 @@ class _Hook(ABC):
             raise ValueError("skip_guidance_layers adds a third prediction; leave it out inside `guided`")
         batch = self.check(Call(args, kwargs))
         if not self._checked:
-            self.run.guider.check(Call(args, kwargs).shape(self.network, batch))
+            shape = Call(args, kwargs).shape(self.network, batch)
+            self.run.guider.check(shape)
+            self.run.guider.check_network(self.network, *self.path, shape)
             self._checked = True
 
     @abstractmethod

@@ -98,7 +98,9 @@ class ModularProtocol(BaseGuidance):
 
         def keep(_module, args, kwargs):
             if self._last_step == 0 and self._prepared == 1:
-                self.check(Call(args, kwargs).shape(denoiser))
+                shape = Call(args, kwargs).shape(denoiser)
+                self.check(shape)
+                self.check_network(denoiser, *self._path, shape)
             del self._calls[self._prepared - 1 :]  # one call a branch; a second one replaces it
             self._calls.append(Call(args, kwargs))
 
