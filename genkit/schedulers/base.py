@@ -13,7 +13,7 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from genkit.interpolants import Interpolant, Linear, from_scheduler, scheduler_prediction_type
+from genkit.interpolants import Interpolant, Linear, VarianceExploding, from_scheduler, scheduler_prediction_type
 from genkit.registry import unknown
 
 Generators = torch.Generator | list[torch.Generator] | None
@@ -120,7 +120,13 @@ class PathScheduler(SchedulerMixin, ConfigMixin):
         if path is None:
             return Linear(self.config.num_train_timesteps), "flow_prediction"
         original = _diffusers_scheduler(path.get("_class_name"), path)
-        return from_scheduler(original), scheduler_prediction_type(original)
+        interpolant = from_scheduler(original)
+        if isinstance(interpolant, VarianceExploding):
+            raise ValueError(
+                f"path['_class_name']={path['_class_name']!r} scales the network's input and output itself; accepted "
+                "are flow-matching and variance-preserving schedulers"
+            )
+        return interpolant, scheduler_prediction_type(original)
 
     # -- times --------------------------------------------------------------------------------------------------
 
@@ -160,8 +166,12 @@ class PathScheduler(SchedulerMixin, ConfigMixin):
             t = _shifted(self._spaced(num_inference_steps), shift)
         if not len(t) or not bool(((t > 0) & (t <= 1)).all()) or not bool((t[:-1] > t[1:]).all()):
             raise ValueError(f"{chosen[0]} must give strictly decreasing times in (0, 1], got {t.tolist()[:8]}")
-        self._set(t, device)
+        self._set(self._start(t), device)
         self.num_inference_steps = len(t)
+
+    def _start(self, t: Tensor) -> Tensor:
+        """``t`` as the solver can walk them: one that is not defined at some first times moves or refuses those."""
+        return t
 
     def _spaced(self, n: int | None) -> Tensor:
         if n is None or n < 1:
@@ -227,7 +237,8 @@ class PathScheduler(SchedulerMixin, ConfigMixin):
         hits = (self.timesteps.cpu().float() == value).nonzero()
         if not len(hits):
             raise ValueError(f"timestep={value.item()} is not one of scheduler.timesteps")
-        return int(hits[0])
+        # Where a solver visits a time twice, the second visit begins the step from there (image to image).
+        return int(hits[:2][-1])
 
     # -- noise --------------------------------------------------------------------------------------------------
 
