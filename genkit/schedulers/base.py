@@ -148,7 +148,8 @@ class PathScheduler(SchedulerMixin, ConfigMixin):
             mu: logarithm of a shift that replaces the configured one (Flux's dynamic shifting).
 
         Raises:
-            ValueError: none or several of the three, or times that do not decrease within (0, 1].
+            ValueError: none or several of the three, times that do not decrease within (0, 1], or ``mu`` on another path
+                than the linear one.
         """
         given = {"num_inference_steps": num_inference_steps, "sigmas": sigmas, "timesteps": timesteps}
         chosen = [name for name, value in given.items() if value is not None]
@@ -156,6 +157,11 @@ class PathScheduler(SchedulerMixin, ConfigMixin):
             chosen = ["sigmas"]
         if len(chosen) != 1:
             raise ValueError(f"give exactly one of {', '.join(given)}; got {chosen or 'none'}")
+        if mu is not None and not isinstance(self.interpolant, Linear):
+            raise ValueError(
+                f"mu={mu} shifts times of the linear path, and this scheduler walks {type(self.interpolant).__name__}: "
+                "the pipeline's model is a flow; make the scheduler with from_scheduler(pipe.scheduler)"
+            )
         shift = self.config.shift if mu is None else float(torch.tensor(mu).exp())
         if timesteps is not None:
             t = self.interpolant.time(torch.as_tensor(timesteps).cpu())
