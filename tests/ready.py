@@ -6,8 +6,11 @@ from collections.abc import Callable
 
 import torch
 
+from genkit.denoisers import FunctionDenoiser
 from genkit.guidance.base import Guider
 from genkit.guidance.readout import SpatialTarget
+from genkit.interpolants import Linear
+from genkit.networks.dit import DiT
 from genkit.networks.readout_head import ReadoutHead
 from genkit.registry import members
 
@@ -27,6 +30,21 @@ def _readout(shape):
 
 
 GIVEN["readout"] = _readout
+
+
+def _weak(shape):
+    """A network that is worse than those of the tests, which for images is a small DiT."""
+    if len(shape) == 2:
+        return FunctionDenoiser(lambda x, t, **condition: torch.tanh(0.5 * x), Linear(), "flow_prediction")
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        network = DiT(hidden_size=16, num_layers=1, num_heads=2, patch_size=4).eval()
+        for p in network.parameters():
+            torch.nn.init.normal_(p, std=0.2)
+    return network
+
+
+GIVEN["autoguidance"] = lambda shape: {"weak": _weak(shape)}
 
 
 def ready(cls: type[Guider], shape: tuple[int, ...], **settings) -> Guider:

@@ -98,9 +98,13 @@ class ModularProtocol(BaseGuidance):
 
         def keep(_module, args, kwargs):
             if self._last_step == 0 and self._prepared == 1:
-                shape = Call(args, kwargs).shape(denoiser)
-                self.check(shape)
-                self.check_network(denoiser, *self._path, shape)
+                try:
+                    shape = Call(args, kwargs).shape(denoiser)
+                    self.check(shape)
+                    self.check_network(denoiser, *self._path, shape)
+                except ValueError:
+                    self._release()  # the pipeline will not: its network must be left without this hook
+                    raise
             del self._calls[self._prepared - 1 :]  # one call a branch; a second one replaces it
             self._calls.append(Call(args, kwargs))
 
