@@ -148,8 +148,8 @@ class PathScheduler(SchedulerMixin, ConfigMixin):
             mu: logarithm of a shift that replaces the configured one (Flux's dynamic shifting).
 
         Raises:
-            ValueError: none or several of the three, times that do not decrease within (0, 1], or ``mu`` on another path
-                than the linear one.
+            ValueError: none or several of the three, times that do not decrease within (0, 1], or ``mu`` on a path that
+                is not linear.
         """
         given = {"num_inference_steps": num_inference_steps, "sigmas": sigmas, "timesteps": timesteps}
         chosen = [name for name, value in given.items() if value is not None]
