@@ -30,7 +30,8 @@ class ExactDenoiserScheduler(PathScheduler):
             then the mean of theirs with these weights. The initial sample is ``N(0, 1/B)``.
 
     Raises:
-        ValueError: a setting out of range; in ``step``, a first move from ``alpha = 0`` that has no limit.
+        ValueError: a setting out of range; in ``set_timesteps``, a first move from ``alpha = 0`` that has no limit, or
+            there a model that predicts ``epsilon``.
 
     Source: Skreta et al., "Feynman-Kac correctors in diffusion", arXiv 2503.02819, for the SDE; ``B = 1``: Song et al.,
     "Denoising diffusion implicit models", arXiv 2010.02502, equation 12 with ``eta = 0, 1``.
@@ -52,6 +53,16 @@ class ExactDenoiserScheduler(PathScheduler):
             raise ValueError(f"exponent_sum={exponent_sum}: must be above 0 (otherwise no Gaussian is a start)")
         super().__init__()
         self.init_noise_sigma = exponent_sum**-0.5
+
+    def _start(self, t: Tensor) -> Tensor:
+        following = torch.cat((t, t.new_zeros(1)))[1]
+        exact_coefficients(self.interpolant, t[0], following, self.config.noise_scale, self.config.exponent_sum)
+        if self.prediction_type == "epsilon" and self.interpolant.alpha(t[0]) == 0:
+            raise ValueError(
+                f"the first time is {t[0].item():g}, where alpha = 0 and an epsilon model says nothing of the "
+                "clean sample; start at an earlier time"
+            )
+        return t
 
     def step(
         self,
