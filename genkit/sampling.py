@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from genkit.denoisers.base import Condition, Denoiser, FlowMap, Prediction
+from genkit.feynman_kac.log_weights import LogWeights
 from genkit.guidance.base import Guided, Guider, Point
 from genkit.guidance.moves import check_moves, moved_sample, remembered
 from genkit.interpolants import Linear, from_scheduler, scheduler_prediction_type
@@ -21,7 +22,7 @@ class State:
 
     ``i`` numbers the evaluations from 0; ``t`` and ``t_next`` are times in [0, 1] (float64 scalars), ``timestep`` the
     scheduler's own name of ``t``; ``x`` is ``(B, ...)``; ``guided`` holds the predictions made at ``t``;
-    ``log_weights`` is ``(B,)`` where particles are weighted.
+    ``log_weights`` are those of the samples where they are weighted particles, in groups that follow each other.
     """
 
     i: int
@@ -33,13 +34,14 @@ class State:
     guider_state: Any
     scheduler: Any
     generators: Sequence[torch.Generator] | torch.Generator | None = None
-    log_weights: Tensor | None = None
+    log_weights: LogWeights | None = None
 
     def gather(self, index: Tensor) -> "State":
         """The state with sample ``index[j]`` at row ``j``: everything kept per sample is re-indexed together.
 
         Raises:
-            ValueError: the scheduler remembers earlier steps and cannot re-index them.
+            ValueError: the scheduler remembers earlier steps and cannot re-index them, or a group of particles would
+                mix prompts.
         """
         if hasattr(self.scheduler, "gather"):
             self.scheduler.gather(index)
@@ -65,19 +67,21 @@ class State:
             guided=guided,
             guider_state=None if self.guider_state is None else self.guider_state.gather(index),
             generators=generators,
-            log_weights=None if self.log_weights is None else self.log_weights[index],
+            log_weights=None if self.log_weights is None else self.log_weights.gather(index),
         )
 
 
 class Particles(Protocol):
     """What turns a batch of independent samples into weighted, interacting ones."""
 
-    def after_evaluation(self, state: State) -> State:
-        """Weigh, and resample samples and their cached predictions together."""
+    def start_run(
+        self, denoiser: Denoiser, scheduler, x: Tensor, condition: Condition, guider: Guider | None
+    ) -> None:
+        """Refuse a run that cannot work, before the first network call, and forget the last one."""
         ...
 
-    def after_step(self, state: State) -> State:
-        """Look ahead, once the step has been taken."""
+    def after_evaluation(self, state: State) -> State:
+        """Weigh, and resample samples and their cached predictions together."""
         ...
 
 
@@ -117,14 +121,15 @@ def trajectory(
     is_map = check_fit(denoiser, scheduler, guider)
     if guider is not None:
         guider.check(tuple(x.shape), condition)
-        guider.check_network(denoiser.network, denoiser.interpolant, denoiser.prediction_type, tuple(x.shape))
+        guider.check_network(
+            denoiser.network, denoiser.interpolant, denoiser.prediction_type, tuple(x.shape), condition
+        )
         guider.start_run()
+    if particles is not None:
+        particles.start_run(denoiser, scheduler, x, condition, guider)
     expected = scheduler_prediction_type(scheduler)
     timesteps = scheduler.timesteps
-    # Times stay on the CPU: coefficients are computed there and no step waits for the device.
-    times = getattr(scheduler, "times", None)
-    if times is None:
-        times = torch.cat((denoiser.interpolant.time(timesteps.cpu()), torch.zeros(1, dtype=torch.float64)))
+    times = visited_times(denoiser, scheduler)
     accepted = inspect.signature(scheduler.step).parameters
     unknown_kwargs = set(step_kwargs) - set(accepted)
     if unknown_kwargs:
@@ -154,8 +159,6 @@ def trajectory(
             kwargs["generator"] = state.generators
         x = scheduler.step(output, timestep, state.x, **kwargs, return_dict=False)[0]
         state = replace(state, x=x)
-        if particles is not None:
-            state = particles.after_step(state)
         if callback is not None:
             state = callback(state)
         x, guider_state, generators, log_weights = (
@@ -183,6 +186,15 @@ def set_timesteps(scheduler, num_inference_steps: int, device: torch.device | st
         scheduler.set_timesteps(sigmas=sigmas, device=device)
     else:
         scheduler.set_timesteps(num_inference_steps, device=device)
+
+
+def visited_times(denoiser: Denoiser, scheduler) -> Tensor:
+    """Time of every evaluation of a run, and 0 for its end: float64 ``(evaluations + 1,)``."""
+    # They stay on the CPU: coefficients are computed there and no step waits for the device.
+    times = getattr(scheduler, "times", None)
+    if times is None:
+        times = torch.cat((denoiser.interpolant.time(scheduler.timesteps.cpu()), torch.zeros(1, dtype=torch.float64)))
+    return times
 
 
 def sample(denoiser: Denoiser, scheduler, x: Tensor, condition: Condition | None = None, **kwargs) -> Tensor:

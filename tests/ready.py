@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from genkit.denoisers import FunctionDenoiser
+from genkit.denoisers import Condition, FunctionDenoiser
 from genkit.guidance.base import Guider
 from genkit.guidance.readout import SpatialTarget
 from genkit.interpolants import Linear
@@ -45,6 +45,22 @@ def _weak(shape):
 
 
 GIVEN["autoguidance"] = lambda shape: {"weak": _weak(shape)}
+
+
+def _gfcg(shape):
+    """A linear classifier; of as many classes as the tests' models have, which for vectors of 12 take a shift."""
+    features = math.prod(shape[1:])
+    k = {12: 3, 4: 2}.get(features, 10)
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(features, k, dtype=torch.float64, generator=generator)
+    given = {"classifier": lambda x: x.double().flatten(1) @ weight}
+    if features == 12:
+        shifts = torch.randn(k, 12, dtype=torch.float64, generator=generator)
+        given |= {"candidates": Condition({"shift": shifts}), "desired": 1}
+    return given
+
+
+GIVEN["gfcg"] = _gfcg
 
 
 def ready(cls: type[Guider], shape: tuple[int, ...], **settings) -> Guider:

@@ -84,8 +84,8 @@ class Autoguidance(Guider):
         super().check(shape, condition)
         self.inner.check(shape, condition)
 
-    def check_network(self, network, interpolant, prediction_type, shape):
-        self.inner.check_network(network, interpolant, prediction_type, shape)
+    def check_network(self, network, interpolant, prediction_type, shape, condition=None):
+        self.inner.check_network(network, interpolant, prediction_type, shape, condition)
         check_weak(self.given("weak"), network, interpolant, prediction_type)
 
     def guide(self, point, state):

@@ -134,11 +134,18 @@ class Guider(ModularProtocol):
         if self.needs_uncond and self._switched_on and not self.neutral and condition is not None:
             condition.null()
 
-    def check_network(self, network, interpolant: Interpolant, prediction_type: str, shape: tuple[int, ...]) -> None:
-        """Refuse a network (its path, what it predicts, samples of ``shape``) that the rule cannot work with.
+    def check_network(
+        self,
+        network,
+        interpolant: Interpolant,
+        prediction_type: str,
+        shape: tuple[int, ...],
+        condition: Condition | None = None,
+    ) -> None:
+        """Refuse a network (its path, what it predicts) that the rule cannot work with on samples of ``shape``.
 
-        Called after :meth:`check`, before the network's first call. Nothing by default; what rules that bring models
-        of their own (a weaker network, a classifier) override.
+        Called after :meth:`check`, before the network's first call. Nothing by default; rules that bring models of
+        their own (a weaker network, a classifier) override it.
         """
 
     # -- diagnostics ----------------------------------------------------------------------------------------------
