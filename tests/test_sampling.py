@@ -86,11 +86,11 @@ def test_chosen_steps_can_be_replayed_with_gradients():
 class Swap:
     """Particles that reverse the batch between evaluation and step."""
 
+    def start_run(self, denoiser, scheduler, x, condition, guider):
+        pass
+
     def after_evaluation(self, state):
         return state.gather(torch.arange(len(state.x) - 1, -1, -1))
-
-    def after_step(self, state):
-        return state
 
 
 @pytest.mark.parametrize("name", [None, *GUIDERS])

@@ -22,6 +22,11 @@ def remembered(scheduler) -> list[str]:
     return [name for name in _HISTORY if _holds_tensor(getattr(scheduler, name, None))]
 
 
+def keeps_history(scheduler) -> bool:
+    """Whether ``scheduler`` has a place for something of earlier steps, empty or not."""
+    return any(hasattr(scheduler, name) for name in _HISTORY) or getattr(scheduler, "order", 1) > 1
+
+
 def check_moves(guider, scheduler) -> None:
     """Refuse a scheduler whose memory of earlier samples would be of samples that ``guider`` has moved since.
 
@@ -30,8 +35,7 @@ def check_moves(guider, scheduler) -> None:
     """
     if not guider.moves_sample:
         return
-    history = hasattr(scheduler, "gather") or any(hasattr(scheduler, name) for name in _HISTORY)
-    if history or getattr(scheduler, "order", 1) > 1:
+    if hasattr(scheduler, "gather") or keeps_history(scheduler):
         raise ValueError(
             f"guider={type(guider).__name__} moves the sample before each step, and scheduler="
             f"{type(scheduler).__name__} remembers earlier ones; use one of first order without history, such as "
