@@ -1,5 +1,6 @@
 """Diffusers pipelines: what a user calls."""
 
 from genkit.pipelines.class_conditional import ClassConditionalPipeline
+from genkit.pipelines.text_to_image import TextToImagePipeline
 
-__all__ = ["ClassConditionalPipeline"]
+__all__ = ["ClassConditionalPipeline", "TextToImagePipeline"]

@@ -1,29 +1,16 @@
 """Class-conditional and unconditional images, in pixels or latents, from many steps or from a flow map's few."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
-from diffusers.image_processor import VaeImageProcessor
-from diffusers.utils import BaseOutput
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from genkit.denoisers import from_pipeline
-from genkit.sampling import State, set_timesteps, trajectory
+from genkit.guidance.base import Guider
+from genkit.pipelines.base import DenoiserPipeline, PipelineOutput
 
 
-@dataclass
-class ClassConditionalPipelineOutput(BaseOutput):
-    """``images`` in the form asked for, and ``network_calls``, the evaluations that each of them took."""
-
-    images: Any
-    network_calls: int
-
-
-class ClassConditionalPipeline(DiffusionPipeline):
+class ClassConditionalPipeline(DenoiserPipeline):
     """Images of given classes from a transformer on any scheduler that genkit has an interpolant for.
 
     Args:
@@ -34,47 +21,33 @@ class ClassConditionalPipeline(DiffusionPipeline):
         id2label: names of the classes by number, as strings (JSON keys), for :meth:`get_label_ids`.
     """
 
-    model_cpu_offload_seq = "transformer->vae"
     _optional_components = ["vae", "guider"]
-    _callback_tensor_inputs = ["latents"]
 
     def __init__(self, transformer, scheduler, vae=None, guider=None, id2label: dict[str, str] | None = None):
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae, guider=guider)
         self.register_to_config(id2label=id2label)
-        factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 1
-        self.image_processor = VaeImageProcessor(vae_scale_factor=factor)
-
-    def get_label_ids(self, labels: list[str]) -> list[int]:
-        """Numbers of the classes called ``labels``.
-
-        Raises:
-            ValueError: a name that is not in ``id2label``.
-        """
-        known = {name: int(i) for i, name in (self.config.id2label or {}).items()}
-        missing = [label for label in labels if label not in known]
-        if missing:
-            raise ValueError(f"labels={missing}: accepted are {sorted(known)}")
-        return [known[label] for label in labels]
 
     @torch.no_grad()
     def __call__(
         self,
-        class_labels: list[int] | Tensor | None = None,
+        class_labels: int | Sequence[int] | Tensor | None = None,
         num_inference_steps: int = 32,
         *,
-        guider=None,
+        guider: Guider | None = None,
+        guidance_scale: float | None = None,
         num_images_per_label: int = 1,
         batch_size: int | None = None,
-        sigmas: list[float] | None = None,
-        timesteps: list[float] | None = None,
+        sigmas: Sequence[float] | None = None,
+        timesteps: Sequence[float] | None = None,
+        eta: float | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
-        callback_on_step_end_tensor_inputs: tuple[str, ...] = ("latents",),
-    ) -> ClassConditionalPipelineOutput | tuple:
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> PipelineOutput | tuple:
         """Generate one image a label.
 
         Args:
@@ -82,8 +55,10 @@ class ClassConditionalPipeline(DiffusionPipeline):
             num_inference_steps: network evaluations without guidance; on the linear path at times ``1 - k/N``, which
                 the scheduler then shifts.
             guider: a genkit guider for this call.
+            guidance_scale: short for ``guider=CFG(guidance_scale=...)``.
             num_images_per_label: images a label, next to each other.
             sigmas, timesteps: a schedule of your own in place of ``num_inference_steps``.
+            eta: of schedulers whose ``step`` takes it (DDIM).
             generator: one, or one an image: then an image does not depend on its neighbours.
             latents: noise to start from, ``(B, C, H, W)``.
             output_type: ``pil``, ``np`` ``(B, H, W, C)`` in [0, 1], ``pt`` ``(B, C, H, W)`` in [0, 1], or ``latent``.
@@ -94,72 +69,21 @@ class ClassConditionalPipeline(DiffusionPipeline):
             ValueError: a label out of range, a batch of 0, a guider without an unconditional branch, parts that do
                 not fit.
         """
-        unknown_inputs = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
-        if unknown_inputs:
-            raise ValueError(
-                f"callback_on_step_end_tensor_inputs={sorted(unknown_inputs)}: "
-                f"accepted are {self._callback_tensor_inputs}"
-            )
-        if num_inference_steps < 1:
-            raise ValueError(f"num_inference_steps={num_inference_steps}: must be at least 1")
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f"output_type={output_type!r}: accepted are pil, np, pt, latent")
-        denoiser = from_pipeline(self)
-        condition = denoiser.encode(self, class_labels=class_labels).repeat(num_images_per_label)
-        n = len(condition) or (batch_size or 1) * num_images_per_label
-        if class_labels is not None and not len(class_labels) or n < 1:
-            raise ValueError(
-                f"class_labels={class_labels}, batch_size={batch_size}: at least one image must be asked for"
-            )
-        if isinstance(generator, list) and len(generator) != n:
-            raise ValueError(f"generator has {len(generator)} entries for {n} images; give one, or one an image")
-        device, dtype = self._execution_device, torch.promote_types(self.transformer.dtype, torch.float32)
-        config = self.transformer.config
-        shape = (n, config.in_channels, config.sample_size, config.sample_size)
-        if latents is None:
-            latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
-        elif latents.shape != shape:
-            raise ValueError(f"latents has shape {tuple(latents.shape)}, expected {shape}")
-        schedule = {k: v for k, v in {"sigmas": sigmas, "timesteps": timesteps}.items() if v is not None}
-        if schedule:
-            self.scheduler.set_timesteps(**schedule, device=device)
-        else:
-            set_timesteps(self.scheduler, num_inference_steps, device)
-        x = latents.to(device, dtype) * getattr(self.scheduler, "init_noise_sigma", 1.0)
-        self._interrupt = False
-
-        def callback(state: State) -> State:
-            if callback_on_step_end is None:
-                return state
-            given = {name: {"latents": state.x}[name] for name in callback_on_step_end_tensor_inputs}
-            answer = callback_on_step_end(self, state.i, state.timestep, given) or {}
-            return replace(state, x=answer.get("latents", state.x))
-
-        steps = trajectory(
-            denoiser,
-            self.scheduler,
-            x,
-            condition.to(device),
-            guider=guider if guider is not None else self.guider,
-            callback=callback,
-            generators=generator,
+        run = self._generate(
+            num_inference_steps,
+            class_labels=class_labels,
+            batch_size=batch_size,
+            num_images_per_prompt=num_images_per_label,
+            guider=guider,
+            guidance_scale=guidance_scale,
+            sigmas=sigmas,
+            timesteps=timesteps,
+            eta=eta,
+            generator=generator,
+            latents=latents,
+            output_type=output_type,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )
-        with self.progress_bar(total=len(self.scheduler.timesteps)) as bar:
-            for state in steps:
-                x = state.x
-                bar.update()
-                if self._interrupt:
-                    break
-        self.maybe_free_model_hooks()
-        images = self._decode(x, output_type)
-        if not return_dict:
-            return (images, denoiser.calls)
-        return ClassConditionalPipelineOutput(images=images, network_calls=denoiser.calls)
-
-    def _decode(self, x: Tensor, output_type: str):
-        if output_type == "latent":
-            return x
-        if self.vae is not None:
-            shift = getattr(self.vae.config, "shift_factor", None) or 0.0
-            x = self.vae.decode((x / self.vae.config.scaling_factor + shift).to(self.vae.dtype), return_dict=False)[0]
-        return self.image_processor.postprocess(x.float(), output_type=output_type)
+        output = self._finish(run, output_type)
+        return output if return_dict else (output.images, output.network_calls)

@@ -1,6 +1,7 @@
 """FluxTransformer2DModel of FLUX.1."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,17 +82,25 @@ class Flux(NetworkDenoiser):
         *,
         guidance_scale: float = 3.5,
         max_sequence_length: int = 512,
+        prompt_2: str | Sequence[str] | None = None,
+        negative_prompt_2: str | Sequence[str] | None = None,
+        **more: Any,
     ) -> Condition:
         """Prompts as ``pipe`` encodes them, under the distilled ``guidance_scale``.
 
         There is an unconditional branch only with a ``negative_prompt`` (``""`` will do): the guidance of these
-        networks is distilled, so guiding them again is something to ask for.
+        networks is distilled, so guiding them again is something to ask for. ``prompt_2`` is what T5 reads, if
+        something else; ``more`` goes to ``pipe.encode_prompt``.
         """
         prompts = texts(prompt)
 
-        def values(batch: list[str]) -> dict[str, Tensor]:
+        def values(batch: list[str], batch_2) -> dict[str, Tensor]:
             embeds, pooled, _ = pipe.encode_prompt(
-                prompt=batch, prompt_2=None, device=execution_device(pipe), max_sequence_length=max_sequence_length
+                prompt=batch,
+                prompt_2=None if batch_2 is None else texts(batch_2, len(batch)),
+                device=execution_device(pipe),
+                max_sequence_length=max_sequence_length,
+                **more,
             )
             made = {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
             if self.inner.config.guidance_embeds:
@@ -99,5 +108,6 @@ class Flux(NetworkDenoiser):
             return made
 
         if negative_prompt is None:
-            return Condition(values(prompts))
-        return Condition(values(prompts), values(texts(negative_prompt, len(prompts))))
+            return Condition(values(prompts, prompt_2))
+        negative = values(texts(negative_prompt, len(prompts)), negative_prompt_2)
+        return Condition(values(prompts, prompt_2), negative)

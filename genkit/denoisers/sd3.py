@@ -1,6 +1,7 @@
 """SD3Transformer2DModel of Stable Diffusion 3 and 3.5."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,19 +43,22 @@ class SD3(NetworkDenoiser):
         negative_prompt: str | Sequence[str] | None = None,
         *,
         max_sequence_length: int = 256,
+        **more: Any,
     ) -> Condition:
-        """Prompts as ``pipe`` encodes them; without ``negative_prompt`` the unconditional branch is the empty text."""
+        """Prompts as ``pipe`` encodes them; without ``negative_prompt`` the unconditional branch is the empty text.
+
+        ``more`` goes to ``pipe.encode_prompt`` (``prompt_2``, ``prompt_3``, ``clip_skip`` ...).
+        """
         prompts = texts(prompt)
         negative = None if negative_prompt is None else texts(negative_prompt, len(prompts))
         embeds, negative_embeds, pooled, negative_pooled = pipe.encode_prompt(
             prompt=prompts,
-            prompt_2=None,
-            prompt_3=None,
             device=execution_device(pipe),
             num_images_per_prompt=1,
             do_classifier_free_guidance=True,
             negative_prompt=negative,
             max_sequence_length=max_sequence_length,
+            **{"prompt_2": None, "prompt_3": None, **more},
         )
         return Condition(
             {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled},

@@ -1,6 +1,7 @@
 """UNet2DConditionModel of Stable Diffusion 1.x, 2.x and SDXL."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,10 +58,12 @@ class UNet2D(NetworkDenoiser):
         crops_coords_top_left: tuple[int, int] = (0, 0),
         target_size: tuple[int, int] | None = None,
         guidance_scale: float = 7.5,
+        **more: Any,
     ) -> Condition:
         """Prompts as ``pipe`` encodes them; the sizes, in pixels, are SDXL's micro-conditioning.
 
-        ``guidance_scale`` is read only by networks that embed it (latent consistency models).
+        ``guidance_scale`` is read only by networks that embed it (latent consistency models); ``more`` goes to
+        ``pipe.encode_prompt`` (``prompt_2``, ``clip_skip`` ...).
         """
         config = self.inner.config
         prompts = texts(prompt)
@@ -71,6 +74,7 @@ class UNet2D(NetworkDenoiser):
             num_images_per_prompt=1,
             do_classifier_free_guidance=True,
             negative_prompt=negative,
+            **more,
         )
         values, null = {"prompt_embeds": encoded[0]}, {"prompt_embeds": encoded[1]}
         if config.addition_embed_type == "text_time":
