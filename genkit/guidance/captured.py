@@ -162,7 +162,7 @@ class CapturedDenoiser(Denoiser):
 
     def _known(self, condition: Condition) -> Tensor | None:
         for values, raw in self._answers:
-            if all(condition.values.get(k) is v for k, v in values.items()):
+            if condition.values.keys() == values.keys() and all(condition[k] is v for k, v in values.items()):
                 return raw
         return None
 

@@ -175,7 +175,7 @@ class GFCG(Guider):
         x = torch.zeros(1, *shape[1:], dtype=torch.float64 if _is_double(weight) else torch.float32)
         try:
             logits = self._logits(x if weight is None else x.to(_device(network, weight)))
-        except (RuntimeError, TypeError, ValueError) as error:
+        except Exception as error:  # whatever other people's models raise
             raise ValueError(
                 f"decode and classifier cannot take predicted samples of shape {tuple(x.shape)}: {error}"
             ) from error

@@ -36,7 +36,7 @@ class ImageClassifier(nn.Module):
         from transformers import AutoModelForImageClassification
         from transformers.utils import cached_file
 
-        model = AutoModelForImageClassification.from_pretrained(name_or_path, **kwargs).eval()
+        model = AutoModelForImageClassification.from_pretrained(name_or_path, **kwargs)
         # Read as a file: transformers' own image processors need torchvision.
         settings = json.loads(Path(cached_file(name_or_path, "preprocessor_config.json")).read_text(encoding="utf-8"))
         size: Any = settings.get("crop_size") or settings["size"]
@@ -45,7 +45,7 @@ class ImageClassifier(nn.Module):
             size = (size.get("height", side), size.get("width", side))
         elif isinstance(size, int):
             size = (size, size)
-        return cls(model, size, settings["image_mean"], settings["image_std"])
+        return cls(model, size, settings["image_mean"], settings["image_std"]).eval()
 
     def forward(self, images: Tensor) -> Tensor:
         """``(B, 3 or 1, h, w)`` in [-1, 1], clipped to it, to logits ``(B, K)`` in float32."""
