@@ -1,6 +1,7 @@
 """Autoguidance: guidance by a weaker network."""
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import register_to_config
@@ -147,7 +148,8 @@ def check_weak(weak, network, interpolant: Interpolant, prediction_type: str) ->
         raise ValueError(
             f"weak={name}: accepted is a network of the kind of the guided one, {type(unwrap(network)).__name__}"
         )
-    one, other = unwrap(network).config, unwrap(weak).config
+    one: Any = unwrap(network).config
+    other: Any = unwrap(weak).config
     # Networks of classes have positions for one size of samples.
     fixed = ("sample_size",) if one.get("num_classes") or one.get("num_embeds_ada_norm") else ()
     for key in (*_SHARED, *fixed):

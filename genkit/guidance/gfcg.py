@@ -106,7 +106,7 @@ class GFCG(Guider):
         "scale_rule": "(p, desired, reference, t) -> scales (B,)",
         "choose": "(p, desired) -> reference classes (B,)",
     }
-    needs = ("classifier",)
+    needs: tuple[str, ...] = ("classifier",)
     needs_uncond = False
 
     @register_to_config
