@@ -54,8 +54,8 @@ class InterpolantScheduler(PathScheduler):
     Raises:
         ValueError: a setting out of range; in ``set_timesteps``, a second time not below 0.999 where the first moved.
 
-    Source: Albergo, Boffi, Vanden-Eijnden, "Stochastic interpolants", arXiv 2303.08797, section 2.4; the coefficients
-    and last steps: Ma et al., "SiT", arXiv 2401.08740, section 3.
+    Source: Albergo, Boffi, Vanden-Eijnden, "Stochastic interpolants", arXiv 2303.08797; the coefficients
+    and last steps: Ma et al., "SiT", arXiv 2401.08740.
     """
 
     # What Heun's rule keeps between its two calls, under the names by which the sampling loop looks for history.
