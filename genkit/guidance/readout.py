@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from genkit.denoisers.base import Condition, Denoiser
 from genkit.denoisers.network import unwrap
 from genkit.guidance.base import Guided, Guider, Point, check_range
-from genkit.guidance.inner import inner_rule
+from genkit.guidance.inner import Rows, inner_rule
 from genkit.guidance.readout_targets import (
     AppearanceTarget,
     CorrespondenceTarget,
@@ -28,17 +28,6 @@ __all__ = ["AppearanceTarget", "CorrespondenceTarget", "Readout", "SpatialTarget
 
 UPDATES = ("adam_sign", "gradient", "normalised")
 BRANCHES = ("both", "conditional")
-
-
-@dataclass
-class Rows:
-    """Which row of the targets each sample is, and the state of the combination rule."""
-
-    index: Tensor
-    inner: Any
-
-    def gather(self, index) -> "Rows":
-        return Rows(self.index[index], None if self.inner is None else self.inner.gather(index))
 
 
 class Readout(Guider):
