@@ -38,17 +38,18 @@ def save_flow_map(folder: str | Path, flow_map: TwoTime, *, adapter_name: str | 
     adapters = sorted(getattr(inner, "peft_config", {}))
     if adapter_name is None and len(adapters) > 1 or adapter_name is not None and adapter_name not in adapters:
         raise ValueError(f"adapter_name={adapter_name!r}: the network has the adapters {adapters}; name one of them")
+    embedder = flow_map.network.gap_embedder
     config = {
         "_class_name": type(flow_map).__name__,
         "_genkit_version": genkit.__version__,
         "network_class": _class_name(inner),
         "prediction_type": flow_map.denoiser.prediction_type,
         "interpolant": type(flow_map.interpolant).__name__,
-        "gap_embedder": flow_map.network.gap_embedder.config,
+        "gap_embedder": {k: v for k, v in embedder.config.items() if not k.startswith("_")},
         "weights": LORA_NAME if adapters else NETWORK_NAME,
     }
     with written(Path(folder)) as part:
-        save_file(contiguous(flow_map.network.gap_embedder.state_dict()), part / EMBEDDER_NAME)
+        save_file(contiguous(embedder.state_dict()), part / EMBEDDER_NAME)
         if adapters:
             save_lora_weights(part, inner, adapter_name or adapters[0])
         else:

@@ -1,6 +1,7 @@
 """Diffusers pipelines: what a user calls."""
 
 from genkit.pipelines.class_conditional import ClassConditionalPipeline
+from genkit.pipelines.few_step import FewStepPipeline
 from genkit.pipelines.text_to_image import TextToImagePipeline
 
-__all__ = ["ClassConditionalPipeline", "TextToImagePipeline"]
+__all__ = ["ClassConditionalPipeline", "FewStepPipeline", "TextToImagePipeline"]

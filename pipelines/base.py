@@ -46,11 +46,26 @@ class Run:
     condition: Condition
 
 
+def with_parts(init):
+    """Give a pipeline's ``__init__(self, *, more=None, **parts)`` the signature that names all of its components."""
+    (own, *more, _) = inspect.signature(init).parameters.values()
+    (_, *parts) = inspect.signature(DenoiserPipeline.__init__).parameters.values()
+    init.__signature__ = inspect.Signature([own, *(p.replace(kind=p.KEYWORD_ONLY) for p in parts), *more])
+    return init
+
+
 class DenoiserPipeline(DiffusionPipeline):
     """A pipeline around any network that has an adapter (:func:`genkit.denoisers.wrap`).
 
-    A subclass says in its constructor which components it takes and in its ``__call__`` what it is asked for; this
-    class has the rest. Prompts go through Diffusers' own pipeline of the same components (:attr:`classic`).
+    A subclass says in its ``__call__`` what it is asked for; this class has the rest. Prompts go through Diffusers' own
+    pipeline of the same components (:attr:`classic`).
+
+    Args:
+        scheduler, vae, unet, transformer, text_encoder ... tokenizer_3, image_encoder, feature_extractor,
+            safety_checker: the components of the pipeline that the network comes from; ``unet`` or ``transformer``.
+        guider: used unless a call brings its own; ``None`` follows the conditional prediction.
+        force_zeros_for_empty_prompt, add_watermarker: SDXL's settings, as in Diffusers.
+        id2label: names of the classes by number, as strings (JSON keys), for :meth:`get_label_ids`.
     """
 
     model_cpu_offload_seq = "text_encoder->text_encoder_2->text_encoder_3->image_encoder->unet->transformer->vae"
@@ -58,6 +73,49 @@ class DenoiserPipeline(DiffusionPipeline):
     _optional_components = ["vae", "unet", "transformer", *TEXT_PARTS, *SAFETY_PARTS, "guider"]
     _callback_tensor_inputs = ["latents"]
     _interrupt = False
+
+    def __init__(
+        self,
+        scheduler,
+        vae=None,
+        unet=None,
+        transformer=None,
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
+        text_encoder_3=None,
+        tokenizer_3=None,
+        image_encoder=None,
+        feature_extractor=None,
+        safety_checker=None,
+        guider=None,
+        force_zeros_for_empty_prompt: bool = True,
+        add_watermarker: bool | None = None,
+        id2label: dict[str, str] | None = None,
+    ):
+        super().__init__()
+        self.register_modules(
+            scheduler=scheduler,
+            vae=vae,
+            unet=unet,
+            transformer=transformer,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            text_encoder_2=text_encoder_2,
+            tokenizer_2=tokenizer_2,
+            text_encoder_3=text_encoder_3,
+            tokenizer_3=tokenizer_3,
+            image_encoder=image_encoder,
+            feature_extractor=feature_extractor,
+            safety_checker=safety_checker,
+            guider=guider,
+        )
+        self.register_to_config(
+            force_zeros_for_empty_prompt=force_zeros_for_empty_prompt,
+            add_watermarker=add_watermarker,
+            id2label=id2label,
+        )
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, torch_dtype: torch.dtype | None = None, **overrides):
@@ -145,6 +203,7 @@ class DenoiserPipeline(DiffusionPipeline):
                 different lengths.
         """
         denoiser, pipe = self.denoiser(), self.classic
+        adapter: Any = adapter_of(self.network)
         if pipe is None:
             given = [k for k, v in {"prompt": prompt, **arguments}.items() if v is not None]
             if given:
@@ -154,7 +213,7 @@ class DenoiserPipeline(DiffusionPipeline):
             raise ValueError(
                 f"prompt={prompt!r}, class_labels={class_labels}: {type(unwrap(self.network)).__name__} takes a prompt"
             )
-        own = set(inspect.signature(denoiser.encode).parameters) - {"pipe", "more"}
+        own = set(inspect.signature(adapter.encode).parameters) - {"self", "pipe", "more"}
         others = set(inspect.signature(pipe.encode_prompt).parameters)
         accepted = own | (others - {"device", "num_images_per_prompt", "do_classifier_free_guidance"})
         n = len(texts(prompt))
@@ -166,7 +225,8 @@ class DenoiserPipeline(DiffusionPipeline):
         if n == 0 or all(pipe.components.get(k) is None for k in TEXT_PARTS[::2]):
             raise ValueError(f"prompt={prompt!r}: at least one prompt and one text encoder are needed")
         sizes = {"height": height, "width": width}
-        return denoiser.encode(pipe, prompt, **{k: v for k, v in sizes.items() if k in own}, **arguments)
+        inputs = {**{k: v for k, v in sizes.items() if k in own}, **arguments}
+        return denoiser.encode(pipe, prompt=prompt, **inputs)
 
     def get_label_ids(self, labels: Sequence[str]) -> list[int]:
         """Numbers of the classes called ``labels``.

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from genkit.guidance.base import Guider
@@ -24,7 +25,7 @@ class ClassConditionalPipeline(DenoiserPipeline):
     _optional_components = ["vae", "guider"]
 
     def __init__(self, transformer, scheduler, vae=None, guider=None, id2label: dict[str, str] | None = None):
-        super().__init__()
+        DiffusionPipeline.__init__(self)  # not the base's: these are all the components that a saved folder lists
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae, guider=guider)
         self.register_to_config(id2label=id2label)
 

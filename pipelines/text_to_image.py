@@ -17,53 +17,7 @@ class TextToImagePipeline(DenoiserPipeline):
     ``TextToImagePipeline.from_pretrained`` takes the folders and repositories of Diffusers' own pipelines, and
     ``TextToImagePipeline.from_pipe`` a pipeline that is loaded. Without a guider it makes the pictures that these make
     without guidance; with :class:`genkit.guidance.cfg.CFG` those that they make at the same scale.
-
-    Args:
-        scheduler, vae, unet, transformer, text_encoder ... tokenizer_3, image_encoder, feature_extractor,
-            safety_checker: the components of the classic pipeline; either ``unet`` or ``transformer``.
-        guider: used unless a call brings its own; ``None`` follows the conditional prediction.
-        force_zeros_for_empty_prompt, add_watermarker: SDXL's settings, as in Diffusers.
     """
-
-    def __init__(
-        self,
-        scheduler,
-        vae=None,
-        unet=None,
-        transformer=None,
-        text_encoder=None,
-        tokenizer=None,
-        text_encoder_2=None,
-        tokenizer_2=None,
-        text_encoder_3=None,
-        tokenizer_3=None,
-        image_encoder=None,
-        feature_extractor=None,
-        safety_checker=None,
-        guider=None,
-        force_zeros_for_empty_prompt: bool = True,
-        add_watermarker: bool | None = None,
-    ):
-        super().__init__()
-        self.register_modules(
-            scheduler=scheduler,
-            vae=vae,
-            unet=unet,
-            transformer=transformer,
-            text_encoder=text_encoder,
-            tokenizer=tokenizer,
-            text_encoder_2=text_encoder_2,
-            tokenizer_2=tokenizer_2,
-            text_encoder_3=text_encoder_3,
-            tokenizer_3=tokenizer_3,
-            image_encoder=image_encoder,
-            feature_extractor=feature_extractor,
-            safety_checker=safety_checker,
-            guider=guider,
-        )
-        self.register_to_config(
-            force_zeros_for_empty_prompt=force_zeros_for_empty_prompt, add_watermarker=add_watermarker
-        )
 
     @torch.no_grad()
     def __call__(

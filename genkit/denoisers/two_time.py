@@ -5,7 +5,9 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.embeddings import TimestepEmbedding
+from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
@@ -14,7 +16,7 @@ from genkit.denoisers.base import Condition, FlowMap
 from genkit.denoisers.network import NetworkDenoiser
 
 
-class GapEmbedder(nn.Module):
+class GapEmbedder(ModelMixin, ConfigMixin):
     """``W2 silu(W1 [1 - cos(f g), sin(f g)])`` of the gap ``g = t - s``; 0 at ``g = 0``; 0 for all before training.
 
     Args:
@@ -25,9 +27,9 @@ class GapEmbedder(nn.Module):
     Source: Boffi et al., "How to build a consistency model", arXiv 2505.18825 (gap as the second time).
     """
 
+    @register_to_config
     def __init__(self, dim: int, num_frequencies: int = 32, max_frequency: float = 1.0):
         super().__init__()
-        self.config: dict[str, Any] = dict(dim=dim, num_frequencies=num_frequencies, max_frequency=max_frequency)
         self.hidden = nn.Linear(2 * num_frequencies, dim, bias=False)
         self.out = nn.Linear(dim, dim, bias=False)
         nn.init.zeros_(self.out.weight)

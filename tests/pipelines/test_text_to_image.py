@@ -113,19 +113,24 @@ def test_embedded_guidance_scale_of_flux(tiny_pipeline, diffusers_image):
     assert distance(image(own(pipe), "flux", negative_prompt=None, guidance_scale=1.0), theirs) > 1e-5
 
 
-@ALL
-def test_saved_and_loaded_in_a_fresh_process(name, tiny_pipeline, tmp_path, fresh_process):
-    pipe = own(tiny_pipeline(name), guider=APG(guidance_scale=9.0))
-    expected = image(pipe, name)
-    pipe.save_pretrained(tmp_path)
+def test_saved_and_loaded_in_a_fresh_process(tiny_pipeline, tmp_path, fresh_process):
+    expected = {}
+    for name in NAMES:
+        pipe = own(tiny_pipeline(name), guider=APG(guidance_scale=9.0))
+        expected[name] = image(pipe, name)
+        pipe.save_pretrained(tmp_path / name)
     got = fresh_process(
         "from genkit.pipelines import TextToImagePipeline\n"
         "from genkit.testing import tiny\n"
-        f"pipe = TextToImagePipeline.from_pretrained({str(tmp_path)!r})\n"
-        f"images = pipe(**tiny.call_arguments({name!r}, 3), negative_prompt='two dogs').images\n"
-        "print(json.dumps([type(pipe.guider).__name__, images.tolist()]))"
+        "made = {}\n"
+        f"for name in {NAMES!r}:\n"
+        f"    pipe = TextToImagePipeline.from_pretrained({str(tmp_path)!r} + '/' + name)\n"
+        "    images = pipe(**tiny.call_arguments(name, 3), negative_prompt='two dogs').images\n"
+        "    made[name] = type(pipe.guider).__name__, images.tolist()\n"
+        "print(json.dumps(made))"
     )
-    assert got[0] == "APG" and distance(torch.tensor(got[1]), expected) < 1e-5
+    for name, (guider, images) in got.items():
+        assert guider == "APG" and distance(torch.tensor(images), expected[name]) < 1e-5
 
 
 @ALL

@@ -1,0 +1,165 @@
+"""Images in a few jumps of a flow map that was distilled from a text-to-image or class-conditional model."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from genkit.denoisers import Condition, FlowMap, TwoTime, from_pipeline
+from genkit.denoisers.network import unwrap
+from genkit.hub import load_flow_map
+from genkit.pipelines.base import DenoiserPipeline, PipelineOutput, with_parts
+from genkit.schedulers.flow_map import FlowMapScheduler
+
+
+class FewStepPipeline(DenoiserPipeline):
+    """A teacher's pipeline with a student in it: one network call a step, guidance trained in::
+
+        pipe = FewStepPipeline.from_pretrained("stabilityai/stable-diffusion-3.5-medium")
+        pipe.load_flow_map("outputs/student/flow_map")
+        image = pipe("a lighthouse", num_inference_steps=4).images[0]
+
+    Args:
+        gap_embedder: :class:`genkit.denoisers.two_time.GapEmbedder`, what makes a flow map of a network of one time;
+            ``None`` for a network that has two, and before :meth:`load_flow_map`.
+        parts: see :class:`genkit.pipelines.base.DenoiserPipeline`. ``scheduler`` is a
+            :class:`genkit.schedulers.flow_map.FlowMapScheduler`, or until a student is loaded the teacher's.
+    """
+
+    model_cpu_offload_seq = "gap_embedder->" + DenoiserPipeline.model_cpu_offload_seq
+    _optional_components = [*DenoiserPipeline._optional_components, "gap_embedder"]
+    _exclude_from_cpu_offload = [*DenoiserPipeline._exclude_from_cpu_offload, "gap_embedder"]
+    _flow_map: TwoTime | None = None
+
+    @with_parts
+    def __init__(self, *, gap_embedder=None, **parts):
+        super().__init__(**parts)
+        self.register_modules(gap_embedder=gap_embedder)
+
+    def load_flow_map(self, folder_or_repo_id: str | Path) -> None:
+        """Put a student (what :func:`genkit.hub.save_flow_map` wrote) into the pipeline.
+
+        Its weights are written into the teacher's network, a LoRA fused, so that :meth:`save_pretrained` saves a
+        pipeline that needs no other file. The scheduler becomes one of jumps on the teacher's path.
+
+        Raises:
+            FileNotFoundError: no such folder, or a file is missing in it.
+            ValueError: there is a student already, the network carries other LoRAs, or the student is of another one.
+        """
+        if self.gap_embedder is not None:
+            raise ValueError("gap_embedder: the pipeline has a student; load another into a fresh pipeline")
+        network: Any = unwrap(self.network)
+        adapters = sorted(getattr(network, "peft_config", {}))
+        if adapters:
+            raise ValueError(f"{type(network).__name__} carries the LoRAs {adapters}; fuse or unload them first")
+        flow_map = load_flow_map(self, folder_or_repo_id)
+        if getattr(network, "peft_config", None):
+            _fuse(network)
+        self._flow_map = flow_map
+        self.register_modules(gap_embedder=flow_map.network.gap_embedder)
+        if not hasattr(self.scheduler, "jump_target"):
+            self.register_modules(scheduler=FlowMapScheduler.from_scheduler(self.scheduler))
+
+    def denoiser(self) -> FlowMap:
+        """The flow map.
+
+        Raises:
+            ValueError: there is none, or it does not fit the scheduler.
+        """
+        denoiser = from_pipeline(self)
+        if self.gap_embedder is None:
+            if isinstance(denoiser, FlowMap):
+                return denoiser
+            raise ValueError(
+                f"gap_embedder=None: {type(unwrap(self.network)).__name__} knows one time; give the pipeline a student "
+                "by load_flow_map"
+            )
+        # Kept from call to call, since it hooks itself to the network for good.
+        held = self._flow_map
+        same = held is not None and (
+            held.denoiser.network is denoiser.network
+            and held.network.gap_embedder is self.gap_embedder
+            and type(held.interpolant) is type(denoiser.interpolant)
+            and held.denoiser.prediction_type == denoiser.prediction_type
+        )
+        if not same:
+            held = TwoTime(denoiser, self.gap_embedder)  # type: ignore[arg-type]
+        assert held is not None
+        self._flow_map, held.calls = held, 0
+        return held
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        num_inference_steps: int = 4,
+        *,
+        class_labels: int | Sequence[int] | Tensor | None = None,
+        batch_size: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        guidance_scale: float | None = None,
+        condition: Condition | None = None,
+        num_images_per_prompt: int = 1,
+        sigmas: Sequence[float] | None = None,
+        timesteps: Sequence[float] | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        **arguments: Any,
+    ) -> PipelineOutput | tuple:
+        """Generate images.
+
+        Args:
+            prompt, class_labels: what the network is told, by which of the two it takes; neither for an unconditional
+                network, which is given ``batch_size``.
+            num_inference_steps: jumps, of one network call each.
+            guidance_scale: for networks that embed it (FLUX.1-dev) that scale; others have theirs trained in.
+
+        The other arguments are those of :class:`genkit.pipelines.text_to_image.TextToImagePipeline`.
+
+        Raises:
+            ValueError: no student, arguments that the network does not take or that do not fit each other; before the
+                network is first called.
+        """
+        run = self._generate(
+            num_inference_steps,
+            prompt=prompt,
+            class_labels=class_labels,
+            batch_size=batch_size,
+            condition=condition,
+            num_images_per_prompt=num_images_per_prompt,
+            height=height,
+            width=width,
+            guidance_scale=guidance_scale,
+            sigmas=sigmas,
+            timesteps=timesteps,
+            generator=generator,
+            latents=latents,
+            output_type=output_type,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            arguments=arguments,
+        )
+        output = self._finish(run, output_type)
+        return output if return_dict else (output.images, output.network_calls)
+
+
+def _fuse(network: Any) -> None:
+    """Write the one LoRA into the weights, and make the network what it was without PEFT."""
+    from diffusers.utils import recurse_remove_peft_layers
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for module in network.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.merge()
+    if hasattr(network, "unload_lora"):
+        network.unload_lora()
+    else:
+        recurse_remove_peft_layers(network)
+        del network.peft_config
