@@ -70,6 +70,12 @@ class Interpolant(ABC):
 
     # -- the path ---------------------------------------------------------------------------------------------
 
+    def same_as(self, other: "Interpolant") -> bool:
+        """Whether ``other`` has the same ``alpha`` and ``sigma`` at all times, to float32 rounding."""
+        t = torch.linspace(0.01, 0.99, 33, dtype=torch.float64)
+        pairs = ((self.alpha(t), other.alpha(t)), (self.sigma(t), other.sigma(t)))
+        return all(torch.allclose(a.double(), b.double(), rtol=1e-5, atol=1e-7) for a, b in pairs)
+
     def interpolate(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """``x_t = alpha x0 + sigma eps``; shapes ``(B, ...)``, ``(B, ...)``, ``(B,)``."""
         t = _wide(t, x0)

@@ -74,9 +74,7 @@ class State:
 class Particles(Protocol):
     """What turns a batch of independent samples into weighted, interacting ones."""
 
-    def start_run(
-        self, denoiser: Denoiser, scheduler, x: Tensor, condition: Condition, guider: Guider | None
-    ) -> None:
+    def start_run(self, denoiser: Denoiser, scheduler, x: Tensor, condition: Condition, guider: Guider | None) -> None:
         """Refuse a run that cannot work, before the first network call, and forget the last one."""
         ...
 
@@ -218,10 +216,10 @@ def check_fit(denoiser: Denoiser, scheduler, guider: Guider | None = None) -> bo
             "train it with guidance (guidance_scale of the objective), or sample it with a one-time scheduler"
         )
     path = from_scheduler(scheduler)
-    if type(path) is not type(denoiser.interpolant):
+    if not path.same_as(denoiser.interpolant):
         raise ValueError(
             f"scheduler={type(scheduler).__name__} walks the path {type(path).__name__}, but the denoiser was made for "
-            f"{type(denoiser.interpolant).__name__}"
+            f"{type(denoiser.interpolant).__name__}, or for other alphas and sigmas of this name"
         )
     if guider is not None:
         check_moves(guider, scheduler)

@@ -37,6 +37,13 @@ def ends(n, seed=0):
     return torch.randn(n, 3, 2, dtype=F64, generator=g), torch.randn(n, 3, 2, dtype=F64, generator=g)
 
 
+def test_paths_are_the_same_by_what_they_are():
+    for name, one in PATHS.items():
+        assert [other for other, path in PATHS.items() if one.same_as(path)] == [name]
+    assert Linear(500).same_as(Linear())  # the name of a timestep is not the path
+    assert DiscreteVP(diffusers.DDPMScheduler(**SD).alphas_cumprod).same_as(PATHS["discrete"])
+
+
 def test_derivatives_match_central_differences(path):
     t = torch.linspace(0.0103, 0.9887, 23, dtype=F64)  # between the nodes of the discrete paths
     h = 1e-6

@@ -3,7 +3,6 @@
 from dataclasses import replace
 from typing import Any
 
-import torch
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
@@ -126,7 +125,7 @@ def check_weak(weak, network, interpolant: Interpolant, prediction_type: str) ->
     """
     name = type(weak).__name__
     if isinstance(weak, Denoiser):
-        if not _same_path(weak.interpolant, interpolant):
+        if not weak.interpolant.same_as(interpolant):
             raise ValueError(
                 f"weak={name} on the path {type(weak.interpolant).__name__}: accepted is the path of the guided model, "
                 f"{type(interpolant).__name__}, with the same alpha and sigma"
@@ -157,10 +156,3 @@ def check_weak(weak, network, interpolant: Interpolant, prediction_type: str) ->
             raise ValueError(
                 f"weak={name} with {key}={other.get(key)!r}: accepted is that of the guided network, {one.get(key)!r}"
             )
-
-
-def _same_path(one: Interpolant, other: Interpolant) -> bool:
-    if type(one) is not type(other):
-        return False
-    t = torch.linspace(0.01, 0.99, 9, dtype=torch.float64)
-    return all(torch.allclose(f(t), g(t)) for f, g in ((one.alpha, other.alpha), (one.sigma, other.sigma)))

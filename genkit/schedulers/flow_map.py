@@ -2,10 +2,9 @@
 
 import torch
 from diffusers.configuration_utils import register_to_config
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from genkit.schedulers.base import PathScheduler, StepOutput
+from genkit.schedulers.base import Generators, PathScheduler, StepOutput
 
 
 class FlowMapScheduler(PathScheduler):
@@ -46,7 +45,7 @@ class FlowMapScheduler(PathScheduler):
         model_output: Tensor,
         timestep,
         sample: Tensor,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators = None,
         return_dict: bool = True,
     ) -> StepOutput | tuple[Tensor]:
         """One jump; ``model_output`` is ``u(x, t, s)`` for ``s = jump_target(timestep)``, both ``(B, ...)``."""
@@ -54,8 +53,7 @@ class FlowMapScheduler(PathScheduler):
         wide = sample.to(torch.promote_types(sample.dtype, torch.float32))
         x = wide + float(self.jump_target(timestep) - self.times[i]) * model_output
         if self.config.stochastic and i + 1 < len(self.timesteps):
-            noise = randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-            x = self.interpolant.interpolate(x, noise, self.times[i + 1])
+            x = self.interpolant.interpolate(x, self._noise(x, generator), self.times[i + 1])
         self._step_index = i + 1
         x = x.to(sample.dtype)
         return StepOutput(prev_sample=x) if return_dict else (x,)

@@ -58,6 +58,17 @@ def test_stochastic_steps_follow_their_generators():
     assert torch.equal(step([1, 2])[1:], step([2]))
 
 
+def test_a_generator_held_by_the_scheduler():
+    """For pipelines that give ``step`` none."""
+    x, drawn = torch.zeros(2, 3), []
+    for seed in (1, 1, 2):
+        scheduler = FlowMapScheduler(stochastic=True)
+        scheduler.set_timesteps(2)
+        scheduler.set_generator(torch.Generator().manual_seed(seed))
+        drawn.append(scheduler.step(x, scheduler.timesteps[0], x).prev_sample)
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+
+
 def test_config_round_trip_and_swap(tmp_path):
     scheduler = FlowMapScheduler.from_config(
         diffusers.FlowMatchEulerDiscreteScheduler(shift=2.5).config, stochastic=True
