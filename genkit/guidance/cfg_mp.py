@@ -146,12 +146,12 @@ class CFGMP(Guider):
             return _velocity(prediction, z)
 
         def uncond_first(z: Tensor, rows: Tensor) -> Tensor:
-            y = z + h * velocity(z, rows, null)
-            return y - h * velocity(y, rows, point.condition)
+            y = torch.add(z, velocity(z, rows, null), alpha=h)
+            return torch.sub(y, velocity(y, rows, point.condition), alpha=h)
 
         def cond_first(z: Tensor, rows: Tensor) -> Tensor:
-            y = z - h * velocity(z, rows, point.condition)
-            return y + h * velocity(y, rows, null)
+            y = torch.sub(z, velocity(z, rows, point.condition), alpha=h)
+            return torch.add(y, velocity(y, rows, null), alpha=h)
 
         reverse = self.reversed_stop > 0 and within(tau, 0, self.reversed_stop)
         result = fixed_point(
@@ -212,7 +212,7 @@ def fixed_point(
     for k in range(iterations):
         f = apply(z, rows) - z
         applications[rows] += 1
-        last[rows] = residual = f.flatten(1).abs().mean(1)
+        last[rows] = residual = torch.linalg.vector_norm(f.flatten(1), ord=1, dim=1) / f[0].numel()
         if k == 0:
             first = last.clone()
         going = residual >= tolerance
@@ -263,7 +263,7 @@ def anderson_step(
         inverse = torch.linalg.pinv(gram.cpu(), atol=rounding.cpu(), hermitian=True)
         gamma = (inverse @ right.cpu()[..., None])[..., 0].to(f)
         for j, (z_j, _) in enumerate(past[:-1]):
-            step = step - expand(gamma[:, j], z) * ((z - z_j) + damping * columns[j])
+            step.addcmul_(expand(gamma[:, j], z), (z - z_j).add_(columns[j], alpha=damping), value=-1)
     return z + step
 
 
@@ -283,4 +283,4 @@ def _velocity(prediction: Prediction, z: Tensor) -> Tensor:
 
 
 def _rms(x: Tensor) -> Tensor:
-    return x.flatten(1).square().mean(1).sqrt()
+    return torch.linalg.vector_norm(x.flatten(1), dim=1) / x[0].numel() ** 0.5
