@@ -289,4 +289,7 @@ def _is_double(weight: Tensor | None) -> bool:
 
 def _device(network: nn.Module, weight: Tensor) -> torch.device:
     """Where a network computes, also while its weights wait elsewhere (offloading)."""
-    return torch.device(getattr(getattr(network, "_hf_hook", None), "execution_device", None) or weight.device)
+    hooks = (getattr(module, "_hf_hook", None) for module in network.modules())
+    devices = (getattr(hook, "execution_device", None) for hook in hooks)
+    device = next((d for d in devices if d is not None), weight.device)
+    return torch.device(device)

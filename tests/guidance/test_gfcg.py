@@ -4,6 +4,7 @@ import subprocess
 import sys
 import textwrap
 
+import accelerate
 import diffusers
 import pytest
 import torch
@@ -404,6 +405,31 @@ def test_a_batch_in_which_samples_go_different_ways(name, tiny_pipeline, run_pip
     own = sample(denoiser, pipe.scheduler, x, condition.repeat(2), guider=guider)
     assert relative(own, hooked) < 1e-5
     assert denoiser.calls <= 6
+
+
+def compiled(network):
+    return torch.compile(network, backend="eager")
+
+
+def offloaded(network):
+    accelerate.cpu_offload(network, execution_device="cpu")
+    return network
+
+
+def model_offloaded(network):
+    accelerate.cpu_offload_with_hook(network, "cpu")
+    return network
+
+
+@pytest.mark.parametrize("wrap", [compiled, offloaded, model_offloaded])
+def test_wrapped_networks(wrap, tiny_pipeline, run_pipeline, relative):
+    pipe = tiny_pipeline("sd3")
+    guider = prompted(pipe, "sd3")
+    with guided(pipe, guider):
+        expected = run_pipeline(pipe, "sd3")
+    pipe.transformer = wrap(pipe.transformer)
+    with guided(pipe, guider):
+        assert relative(run_pipeline(pipe, "sd3"), expected) < 1e-5
 
 
 class Brightness(nn.Module):
