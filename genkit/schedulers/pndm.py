@@ -202,8 +202,10 @@ class PseudoNumericalScheduler(PathScheduler):
         else:
             steps = torch.tensor([k for k, _ in self._history])
             weights = adams_weights(self._node(self.times[steps]), self._node(self.times[i + 1]))
-        mean = sum(w * output for w, (_, output) in zip(weights, self._history, strict=True))
-        return self._transfer(x, mean, i, i + 1)
+        q = torch.zeros_like(q)
+        for weight, (_, output) in zip(weights, self._history, strict=True):
+            q = q + weight * output
+        return self._transfer(x, q, i, i + 1)
 
     def _stage(self, i: int, x: Tensor, q: Tensor) -> Tensor:
         stage, weights = self._stages[i]
