@@ -62,9 +62,9 @@ class PseudoNumericalScheduler(PathScheduler):
         ValueError: an unknown setting; when times are set, unequal steps with uniform coefficients (the last step may
             be shorter), fewer steps than ``prk`` needs, or a start at ``alpha = 0`` with ``epsilon`` predictions.
 
-    Source: Liu et al., "Pseudo numerical methods for diffusion models on manifolds", arXiv 2202.09778, equations 9 to
-    14; variable coefficients: Zhang and Chen, "Fast sampling of diffusion models with exponential integrator", arXiv
-    2204.13902, equation 14.
+    Source: Liu et al., "Pseudo numerical methods for diffusion models on manifolds", arXiv 2202.09778, equations 9, 12
+    and 13, algorithm 2; variable coefficients: Zhang and Chen, "Fast sampling of diffusion models with exponential
+    integrator", arXiv 2204.13902.
     """
 
     @register_to_config
