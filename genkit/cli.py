@@ -65,34 +65,52 @@ def train(
 
 @app.command()
 def sample(
-    pipeline: Annotated[Path, typer.Argument(help="Folder of a class-conditional pipeline.")],
+    pipeline: Annotated[str, typer.Argument(help="Folder of a pipeline, genkit's or Diffusers', or owner/name.")],
     output: Annotated[Path, typer.Option(help="Folder for the PNG files, a grid and metadata.jsonl.")],
+    prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be given several times.")] = None,
     labels: Annotated[
-        str, typer.Option(help="Class labels, by number or name, separated by commas.")
-    ] = "0,1,2,3,4,5,6,7,8,9",
-    num_inference_steps: Annotated[int, typer.Option("--steps", help="Network evaluations.")] = 32,
-    num_images_per_label: Annotated[int, typer.Option("--per-label", help="Images a label.")] = 1,
+        str | None, typer.Option(help="Class labels, by number or name, separated by commas; all by default.")
+    ] = None,
+    inputs: Annotated[Path | None, typer.Option(help="File with a prompt or a label a line, beside those.")] = None,
+    num_inference_steps: Annotated[
+        int | None, typer.Option("--steps", help="Steps of the scheduler; the pipeline's own number by default.")
+    ] = None,
+    num_images: Annotated[int, typer.Option("--per-label", "--per-prompt", help="Images a label or prompt.")] = 1,
     guider: Annotated[
         str | None, typer.Option(help="Guider by name, with settings: apg:guidance_scale=4,eta=0.")
     ] = None,
+    scheduler: Annotated[
+        str | None, typer.Option(help="Scheduler by name, with settings: pndm, DDIMScheduler:clip_sample=False.")
+    ] = None,
+    arguments: Annotated[
+        str, typer.Option("--set", help="Others of the pipeline's call: height=512,negative_prompt='blurry'.")
+    ] = "",
     seed: Annotated[int, typer.Option(help="Image i depends on (seed, i) alone.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Images at a time; does not change them.")] = 64,
     device: Annotated[str | None, typer.Option(help="Where to compute; the best there is by default.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
+    offload: Annotated[bool, typer.Option("--offload", help="Keep on the device only what is computing.")] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Generate images with a saved pipeline."""
+    """Generate images with a saved pipeline; run again, it goes on where it was stopped."""
     from genkit.pipelines.commands import sample_to_folder
 
     folder = sample_to_folder(
         pipeline,
         output,
-        labels=labels.split(","),
+        prompts=prompt or [],
+        labels=[] if labels is None else labels.split(","),
+        inputs=inputs,
         num_inference_steps=num_inference_steps,
-        num_images_per_label=num_images_per_label,
+        num_images=num_images,
         guider=guider,
+        scheduler=scheduler,
+        arguments=arguments,
         seed=seed,
         batch_size=batch_size,
         device=device,
+        dtype=dtype,
+        offload=offload,
         quiet=quiet,
     )
     typer.echo(folder)

@@ -229,12 +229,13 @@ class DenoiserPipeline(DiffusionPipeline):
         return denoiser.encode(pipe, prompt=prompt, **inputs)
 
     def get_label_ids(self, labels: Sequence[str]) -> list[int]:
-        """Numbers of the classes called ``labels``.
+        """Numbers of the classes called ``labels``; names in ``id2label`` may list synonyms, separated by commas.
 
         Raises:
             ValueError: a name that is not in ``id2label``.
         """
-        known = {name: int(i) for i, name in (self.config.get("id2label") or {}).items()}
+        named = (self.config.get("id2label") or {}).items()
+        known = {word.strip(): int(i) for i, name in named for word in (name, *name.split(","))}
         missing = [label for label in labels if label not in known]
         if missing:
             raise ValueError(f"labels={missing}: accepted are {sorted(known)}")

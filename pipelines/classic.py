@@ -113,17 +113,6 @@ def decode(vae: Any, latents: Tensor, *, upcast: bool = False) -> Tensor:
     return image.float()
 
 
-def encode(vae: Any, images: Tensor) -> Tensor:
-    """Latents, the mode of the posterior, of images ``(B, C, H, W)`` in [-1, 1]; the inverse of :func:`decode`."""
-    config = vae.config
-    latents = vae.encode(images.to(vae.dtype)).latent_dist.mode().float()
-    mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
-    if mean is not None and std is not None:
-        mean, std = (torch.tensor(v, device=latents.device).view(1, -1, 1, 1) for v in (mean, std))
-        return (latents - mean) * config.scaling_factor / std
-    return (latents - (getattr(config, "shift_factor", None) or 0.0)) * config.scaling_factor
-
-
 def is_xl(classic: Any) -> bool:
     """Whether it is SDXL's, whose autoencoder overflows in float16."""
     return isinstance(classic, StableDiffusionXLPipeline)

@@ -2,141 +2,230 @@
 
 import inspect
 import json
-from ast import literal_eval
+import math
+import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from PIL import Image
+from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
-from genkit.denoisers import from_pipeline
 from genkit.guidance.base import Guider
+from genkit.pipelines.base import DenoiserPipeline
+from genkit.pipelines.by_name import parse_guider, parse_scheduler, parse_settings
 from genkit.pipelines.class_conditional import ClassConditionalPipeline
-from genkit.registry import lookup, unknown
+from genkit.pipelines.few_step import FewStepPipeline
+from genkit.pipelines.image_folder import ImageFolder
+from genkit.pipelines.text_to_image import TextToImagePipeline
+from genkit.registry import unknown
 from genkit.rng import ItemRNG
+from genkit.sampling import check_fit
+
+PIPELINES = {cls.__name__: cls for cls in (ClassConditionalPipeline, FewStepPipeline, TextToImagePipeline)}
+DTYPES = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16")}
+# What the command line decides itself, in ways that make an image a function of the seed and its number.
+_TAKEN = {"self", "prompt", "class_labels", "condition", "num_inference_steps", "guider", "generator", "latents"}
+_TAKEN |= {"num_images_per_prompt", "num_images_per_label", "batch_size", "output_type", "return_dict"}
+_TAKEN |= {"callback_on_step_end", "callback_on_step_end_tensor_inputs", "arguments"}
 
 
-def parse_guider(text: str) -> Guider:
-    """A guider from ``name`` or ``name:key=value,key=value``, values as Python literals.
+def load_pipeline(pipeline: str | Path, **kwargs: Any) -> DenoiserPipeline:
+    """The pipeline of genkit for a folder or a repository of the Hub: the one that was saved, or, for one of Diffusers,
+    the one that takes its components.
 
     Raises:
-        ValueError: an unknown name or setting, or a value that the guider refuses.
+        FileNotFoundError: no pipeline there.
+        ValueError: a pipeline that makes images of neither prompts nor labels.
     """
-    name, _, rest = text.partition(":")
-    cls = lookup("genkit.guidance", Guider, name, setting="guider")
-    accepted = [k for k in inspect.signature(cls.__init__).parameters if k not in ("self", "scheduler_config")]
-    settings = {}
-    for pair in filter(None, rest.split(",")):
-        key, equals, value = pair.partition("=")
-        if not equals or key not in accepted:
-            raise ValueError(unknown(f"guider {name!r}: setting", key, accepted))
-        try:
-            settings[key] = literal_eval(value)
-        except (ValueError, SyntaxError):
-            settings[key] = value
-    return cls(**settings)
+    folder = Path(pipeline)
+    if not (folder / "model_index.json").is_file() and (
+        folder.exists() or not re.fullmatch(r"[\w-]+/[\w.-]+", str(pipeline))
+    ):
+        raise FileNotFoundError(f"pipeline={str(pipeline)!r} has no model_index.json: not a Diffusers pipeline folder")
+    try:
+        index: dict = DiffusionPipeline.load_config(str(pipeline))  # type: ignore[assignment]
+    except OSError as error:
+        raise FileNotFoundError(f"pipeline={str(pipeline)!r} is no folder, nor found on the Hub: {error}") from error
+    name = index["_class_name"]
+    if name in PIPELINES:
+        cls: type[DenoiserPipeline] = PIPELINES[name]
+    elif index.get("text_encoder"):
+        cls = TextToImagePipeline
+    elif index.get("transformer"):
+        cls = ClassConditionalPipeline
+    else:
+        raise ValueError(
+            f"pipeline={str(pipeline)!r} is a {name}; accepted are {', '.join(PIPELINES)} and the pipelines of "
+            "Diffusers whose components these take"
+        )
+    return cls.from_pretrained(str(pipeline), **kwargs)
 
 
 def sample_to_folder(
-    pipeline: Path,
+    pipeline: str | Path,
     output: Path,
     *,
-    labels: list[str],
-    num_inference_steps: int = 32,
-    num_images_per_label: int = 1,
+    prompts: Sequence[str] = (),
+    labels: Sequence[str] = (),
+    inputs: Path | None = None,
+    num_inference_steps: int | None = None,
+    num_images: int = 1,
     guider: str | None = None,
+    scheduler: str | None = None,
+    arguments: str = "",
     seed: int = 0,
     batch_size: int = 64,
     device: str | None = None,
+    dtype: str = "float32",
+    offload: bool = False,
     quiet: bool = False,
 ) -> Path:
-    """Write ``label/000123.png`` files, ``grid.png`` and ``metadata.jsonl`` below ``output``, and return it.
+    """Write PNG files (``label/000123.png``, or ``000123.png`` of prompts), ``grid.png`` and ``metadata.jsonl``.
 
     Image ``i`` is a pure function of ``(seed, i)``: the batch size does not change it, and images that are there
     already, from an earlier call with the same settings, are not made again.
 
+    Args:
+        pipeline: a folder or a repository of the Hub; see :func:`load_pipeline`.
+        output: the folder to write to, which is returned.
+        prompts, labels: what to make images of, by which of the two the network takes; labels by number or name. All
+            labels by default.
+        inputs: a file with more of them, one a line; empty lines do not count.
+        num_inference_steps: by default the pipeline's own.
+        num_images: of each prompt or label; of an unconditional network, in all.
+        guider, scheduler: see :func:`parse_guider`, :func:`parse_scheduler`.
+        arguments: others of the pipeline's call, as ``height=512,negative_prompt='blurry'``.
+        dtype: ``float32``, ``float16`` or ``bfloat16``.
+        offload: keep only the component that is computing on the device.
+
     Raises:
-        ValueError: settings other than those of the images that are there; a label, guider or batch size that is not
-            accepted.
-        FileNotFoundError: no pipeline there.
+        ValueError: settings other than those of the images that are there; a prompt, label or setting that is not
+            accepted; before anything is written.
+        FileNotFoundError: no pipeline there, or no file of inputs.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size}: must be at least 1")
-    if num_images_per_label < 1:
-        raise ValueError(f"num_images_per_label={num_images_per_label}: must be at least 1")
-    if not (pipeline / "model_index.json").is_file():
-        raise FileNotFoundError(f"pipeline={str(pipeline)!r} has no model_index.json: not a Diffusers pipeline folder")
+    for name, count in {"batch_size": batch_size, "num_images": num_images}.items():
+        if count < 1:
+            raise ValueError(f"{name}={count}: must be at least 1")
+    if dtype not in DTYPES:
+        raise ValueError(unknown("dtype", dtype, DTYPES))
+    lines = _lines(inputs)
     rule = None if guider is None else parse_guider(guider)
-    pipe = ClassConditionalPipeline.from_pretrained(str(pipeline))
-    pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    extra = parse_settings("arguments", arguments)
+    pipe = load_pipeline(pipeline, torch_dtype=DTYPES[dtype])
+    if scheduler is not None:
+        pipe.register_modules(scheduler=parse_scheduler(scheduler, pipe.scheduler))
+    call = inspect.signature(type(pipe).__call__).parameters
+    steps = call["num_inference_steps"].default if num_inference_steps is None else num_inference_steps
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in call.values())
+    for name in extra:
+        if name in _TAKEN or not open_ended and name not in call:
+            raise ValueError(unknown("arguments: setting", name, call.keys() - _TAKEN))
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    pipe.enable_model_cpu_offload(device=device) if offload else pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
-    numbers = [int(v) if v.strip().lstrip("-").isdigit() else pipe.get_label_ids([v.strip()])[0] for v in labels]
-    classes = torch.tensor(numbers).repeat_interleave(num_images_per_label)
-    from_pipeline(pipe).encode(pipe, class_labels=classes)  # refuses a label before a folder is made
+    if lines:
+        prompts, labels = ([*prompts, *lines], labels) if pipe.classic is not None else (prompts, [*labels, *lines])
+    asked, given = _asked(pipe, prompts, labels)
+    items = [value for value in asked for _ in range(num_images)]
+    shape = _try(pipe, rule, given, asked[0], steps, extra)
     settings = {
-        "pipeline": str(pipeline.resolve()),
-        "labels": numbers,
-        "num_images_per_label": num_images_per_label,
-        "num_inference_steps": num_inference_steps,
-        "guider": None if rule is None else {"name": type(rule).__name__, **_plain(rule.config)},
+        "pipeline": str(Path(pipeline).resolve()) if Path(pipeline).exists() else str(pipeline),
+        "asked": asked,
+        "num_images": num_images,
+        "num_inference_steps": steps,
+        "guider": None if rule is None else _plain(rule),
+        "scheduler": _plain(pipe.scheduler),
+        "arguments": extra,
+        "dtype": dtype,
         "seed": seed,
     }
-    _claim(output, settings)
-    paths = [output / str(int(y)) / f"{i:06d}.png" for i, y in enumerate(classes)]
-    todo = [i for i, path in enumerate(paths) if not path.is_file()]
-    config = pipe.transformer.config
-    shape = (config.in_channels, config.sample_size, config.sample_size)
-    with tqdm(total=len(classes), initial=len(classes) - len(todo), unit="image", disable=quiet or None) as bar:
-        for start in range(0, len(todo), batch_size):
-            items = todo[start : start + batch_size]
-            rng = ItemRNG(seed, items)
+    folder = ImageFolder(output, settings, [_row(i, value, given) for i, value in enumerate(items)])
+    missing = folder.missing
+    if rule is not None:
+        extra["guider"] = rule
+    with tqdm(total=len(items), initial=len(items) - len(missing), unit="image", disable=quiet or None) as bar:
+        for start in range(0, len(missing), batch_size):
+            batch = missing[start : start + batch_size]
+            rng = ItemRNG(seed, batch)
+            what = {given: [items[i] for i in batch]} if given else {"batch_size": len(batch)}
             images = pipe(
-                classes[items],
-                num_inference_steps,
-                guider=rule,
+                num_inference_steps=steps,
                 latents=rng.normal(shape),
                 generator=rng.generators(),
+                **what,
+                **extra,
             ).images
-            for i, image in zip(items, images, strict=True):
-                paths[i].parent.mkdir(exist_ok=True)
-                temporary = paths[i].with_suffix(".tmp")
-                image.save(temporary, format="PNG")
-                temporary.replace(paths[i])
-            bar.update(len(items))
-    rows = [
-        {"file_name": str(path.relative_to(output)), "label": int(y), "item": i}
-        for i, (path, y) in enumerate(zip(paths, classes, strict=True))
-    ]
-    (output / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    _grid([Image.open(path) for path in paths[:400]], columns=max(10, num_images_per_label)).save(output / "grid.png")
+            for i, image in zip(batch, images, strict=True):
+                folder.save(i, image)
+            bar.update(len(batch))
+    square = math.ceil(math.sqrt(min(len(items), 400)))
+    folder.finish(columns=num_images if 1 < num_images <= 20 else square)
     return output
 
 
-def _claim(output: Path, settings: dict) -> None:
-    """Refuse a folder that holds images of other settings, before anything is generated."""
-    record = output / "settings.json"
-    if record.is_file():
-        there = json.loads(record.read_text(encoding="utf-8"))
-        differs = [key for key in settings if there.get(key) != settings[key]]
-        if differs:
-            was = {key: there.get(key) for key in differs}
-            raise ValueError(f"output={str(output)!r} holds images made with {was}; choose another folder")
-        return
-    if output.is_dir() and any(output.iterdir()):
-        raise ValueError(f"output={str(output)!r} is not empty and holds no settings.json of earlier samples")
-    output.mkdir(parents=True, exist_ok=True)
-    record.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+def _lines(inputs: Path | None) -> list[str]:
+    if inputs is None:
+        return []
+    if not inputs.is_file():
+        raise FileNotFoundError(f"inputs={str(inputs)!r}: no such file")
+    found = [line.strip() for line in inputs.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not found:
+        raise ValueError(f"inputs={str(inputs)!r} has no lines")
+    return found
 
 
-def _plain(config) -> dict:
-    return {k: v for k, v in config.items() if not k.startswith("_")}
+def _asked(pipe: DenoiserPipeline, prompts: Sequence[str], labels: Sequence[str]) -> tuple[list, str | None]:
+    """What images are made of, and the argument of the call that takes it."""
+    name = type(pipe.network).__name__
+    if pipe.classic is not None:
+        if labels or not prompts:
+            raise ValueError(f"labels={list(labels)}, prompts={list(prompts)}: {name} takes prompts, at least one")
+        return list(prompts), "prompt"
+    if prompts:
+        raise ValueError(f"prompts={list(prompts)}: {name} takes class labels")
+    count = _num_classes(pipe.network)
+    if count == 0:
+        if labels:
+            raise ValueError(f"labels={list(labels)}: {name} is unconditional")
+        return [None], None
+    words = [label.strip() for label in labels] or [str(i) for i in range(count)]
+    numbers = [int(w) if w.lstrip("-").isdigit() else pipe.get_label_ids([w])[0] for w in words]
+    pipe.encode(class_labels=numbers)  # refuses a number out of range
+    return numbers, "class_labels"
 
 
-def _grid(images: list[Image.Image], columns: int) -> Image.Image:
-    scale = max(1, 48 // images[0].width)
-    w, h = images[0].width * scale, images[0].height * scale
-    rows = -(-len(images) // columns)
-    sheet = Image.new(images[0].mode, (columns * (w + 2) - 2, rows * (h + 2) - 2), "white")
-    for i, image in enumerate(images):
-        sheet.paste(image.resize((w, h), Image.Resampling.NEAREST), ((i % columns) * (w + 2), (i // columns) * (h + 2)))
-    return sheet
+def _num_classes(network: Any) -> int:
+    config = network.config
+    return config.num_classes if "num_classes" in config else config.num_embeds_ada_norm
+
+
+def _try(pipe: DenoiserPipeline, rule: Guider | None, given, value, steps: int, extra: dict) -> tuple[int, ...]:
+    """The shape of a sample, after the refusal of whatever the first batch would be refused for."""
+    if steps < 1:
+        raise ValueError(f"num_inference_steps={steps}: must be at least 1")
+    size = {k: extra.get(k) for k in ("height", "width")}
+    shape = pipe.sample_shape(**size)
+    check_fit(pipe.denoiser(), pipe.scheduler, rule)
+    call = inspect.signature(type(pipe).__call__).parameters
+    told: dict[str, Any] = {k: v for k, v in extra.items() if k not in call} | (size if given == "prompt" else {})
+    if given:
+        told[given] = [value]
+    condition = pipe.encode(**told)
+    if rule is not None:
+        rule.check((1, *shape), condition)
+    return shape
+
+
+def _row(i: int, value: Any, given: str | None) -> dict[str, Any]:
+    if given == "class_labels":
+        return {"file_name": f"{value}/{i:06d}.png", "label": value, "item": i}
+    row = {"file_name": f"{i:06d}.png", "item": i}
+    return row if given is None else {**row, "text": value}
+
+
+def _plain(part: Any) -> dict[str, Any]:
+    """Class and settings of a component."""
+    config = json.loads(part.to_json_string())
+    return {"name": type(part).__name__, **{k: v for k, v in config.items() if not k.startswith("_")}}

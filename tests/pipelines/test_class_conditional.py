@@ -12,7 +12,6 @@ import torch
 from genkit.guidance import CFG
 from genkit.networks.dit import DiT
 from genkit.pipelines import ClassConditionalPipeline
-from genkit.pipelines.commands import parse_guider, sample_to_folder
 from genkit.rng import ItemRNG
 from genkit.schedulers import FlowMapScheduler
 from tests.ready import GUIDERS, ready
@@ -157,60 +156,3 @@ def test_guidance_needs_an_unconditional_branch():
 def test_get_label_ids_names_what_it_knows():
     with pytest.raises(ValueError, match="digit 11"):
         make(id2label={"0": "digit 0"}).get_label_ids(["digit 11"])
-
-
-# -- genkit sample --------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("pipe")
-    make(FlowMapScheduler(), id2label={"3": "three"}).save_pretrained(path)
-    return path
-
-
-def images(output):
-    return {p.relative_to(output).as_posix(): p.read_bytes() for p in sorted(output.glob("*/*.png"))}
-
-
-def test_sample_is_the_same_whatever_the_batch_size_and_resumes(folder, tmp_path):
-    kwargs = dict(labels=["1", "three"], num_inference_steps=2, num_images_per_label=3, quiet=True)
-    one = images(sample_to_folder(folder, tmp_path / "a", batch_size=1, **kwargs))
-    six = images(sample_to_folder(folder, tmp_path / "b", batch_size=6, **kwargs))
-    assert list(one) == list(six) == [f"{c}/{i:06d}.png" for c, rows in ((1, range(3)), (3, range(3, 6))) for i in rows]
-    pixels = [numpy.frombuffer(a, dtype=numpy.uint8) for a in one.values()]
-    assert len({p.tobytes() for p in pixels}) == 6
-    assert one == six
-    (tmp_path / "a" / "3" / "000004.png").unlink()
-    before = (tmp_path / "a" / "1" / "000000.png").stat().st_mtime_ns
-    assert images(sample_to_folder(folder, tmp_path / "a", **kwargs)) == one
-    assert (tmp_path / "a" / "1" / "000000.png").stat().st_mtime_ns == before
-    rows = [json.loads(line) for line in (tmp_path / "a" / "metadata.jsonl").read_text().splitlines()]
-    assert rows[4] == {"file_name": "3/000004.png", "label": 3, "item": 4}
-    with pytest.raises(ValueError, match="holds images made with {'seed': 0}"):
-        sample_to_folder(folder, tmp_path / "a", seed=1, **kwargs)
-
-
-def test_sample_refuses_before_it_writes(folder, tmp_path):
-    for kwargs, error, message in (
-        (dict(labels=["12"]), ValueError, "accepted are 0 to 9"),
-        (dict(labels=["four"]), ValueError, "labels="),
-        (dict(labels=["1"], batch_size=0), ValueError, "batch_size=0"),
-        (dict(labels=["1"], guider="apgg"), ValueError, "did you mean 'apg'"),
-    ):
-        with pytest.raises(error, match=message):
-            sample_to_folder(folder, tmp_path / "out", **kwargs)
-    assert not (tmp_path / "out").exists()
-    with pytest.raises(FileNotFoundError, match="no model_index.json"):
-        sample_to_folder(tmp_path / "nothing", tmp_path / "out", labels=["1"])
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("x")
-    with pytest.raises(ValueError, match="not empty"):
-        sample_to_folder(folder, tmp_path / "mine", labels=["1"])
-
-
-def test_parse_guider():
-    guider = parse_guider("apg:guidance_scale=4,eta=0.5")
-    assert guider.config.guidance_scale == 4 and guider.config.eta == 0.5
-    with pytest.raises(ValueError, match="did you mean 'guidance_scale'"):
-        parse_guider("cfg:guidance_scal=4")

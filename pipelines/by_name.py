@@ -1,0 +1,81 @@
+"""Guiders and schedulers by name, as a command line writes them: ``apg:guidance_scale=4,eta=0``."""
+
+import ast
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+import diffusers
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
+from genkit.guidance.base import Guider
+from genkit.registry import lookup, members, unknown
+from genkit.schedulers.base import PathScheduler
+
+
+def parse_settings(setting: str, text: str, accepted: Iterable[str] | None = None) -> dict[str, Any]:
+    """``key=value,key=value`` with values as Python literals; a bare word stands for itself.
+
+    Args:
+        setting: what it is, for errors.
+        accepted: the keys; anything if left out.
+
+    Raises:
+        ValueError: text of another form, or an unknown key.
+    """
+    try:
+        call = ast.parse(f"_({text})", mode="eval").body
+        if not isinstance(call, ast.Call) or call.args or any(k.arg is None for k in call.keywords):
+            raise SyntaxError
+        found = {str(k.arg): _value(k.value) for k in call.keywords}
+    except (SyntaxError, ValueError):
+        raise ValueError(f"{setting}: {text!r} is not of the form key=value,key=value") from None
+    for key in found:
+        if accepted is not None and key not in accepted:
+            raise ValueError(unknown(f"{setting}: setting", key, accepted))
+    return found
+
+
+def _value(node: ast.expr) -> Any:
+    return node.id if isinstance(node, ast.Name) else ast.literal_eval(node)
+
+
+def parse_guider(text: str) -> Guider:
+    """A guider from ``name`` or ``name:key=value,key=value``, values as Python literals.
+
+    Raises:
+        ValueError: an unknown name or setting, or a value that the guider refuses.
+    """
+    name, _, rest = text.partition(":")
+    cls = lookup("genkit.guidance", Guider, name, setting="guider")
+    return cls(**parse_settings(f"guider {name!r}", rest, _arguments(cls, "scheduler_config")))
+
+
+def parse_scheduler(text: str, scheduler: Any) -> Any:
+    """A scheduler, as :func:`parse_guider` has guiders, for a model that is sampled with ``scheduler``.
+
+    The name is that of a file of ``genkit.schedulers`` (``pndm``) or of a class of Diffusers
+    (``DPMSolverMultistepScheduler``); the path of the model's samples is kept.
+
+    Raises:
+        ValueError: an unknown name or setting, or a value that the scheduler refuses.
+    """
+    name, _, rest = text.partition(":")
+    own = members("genkit.schedulers", PathScheduler)
+    if name in own:
+        settings = parse_settings(f"scheduler {name!r}", rest, _arguments(own[name], "path"))
+        return own[name].from_scheduler(scheduler, **settings)
+    theirs = {n: c for n in dir(diffusers) if n.endswith("Scheduler") and _is_scheduler(c := getattr(diffusers, n))}
+    if name not in theirs:
+        raise ValueError(unknown("scheduler", name, [*own, *theirs]))
+    settings = parse_settings(f"scheduler {name!r}", rest, _arguments(theirs[name]))
+    config = scheduler.config.get("path") or scheduler.config
+    return theirs[name].from_config(config, **settings)
+
+
+def _is_scheduler(cls: Any) -> bool:
+    return isinstance(cls, type) and issubclass(cls, SchedulerMixin)
+
+
+def _arguments(cls: type, *hidden: str) -> list[str]:
+    return [name for name in inspect.signature(cls.__init__).parameters if name not in ("self", *hidden)]  # type: ignore[misc]

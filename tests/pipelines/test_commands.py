@@ -1,0 +1,257 @@
+"""``genkit sample``: the same images whatever the batch size, and after any interruption."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import diffusers
+import numpy
+import pytest
+import torch
+from PIL import Image
+
+from genkit.guidance import CFG
+from genkit.networks.dit import DiT
+from genkit.pipelines import ClassConditionalPipeline
+from genkit.pipelines.commands import load_pipeline, parse_guider, parse_scheduler, parse_settings, sample_to_folder
+from genkit.rng import ItemRNG
+from genkit.schedulers import FlowMapScheduler
+from genkit.schedulers.exact_denoiser import ExactDenoiserScheduler
+
+
+def network(**settings):
+    torch.manual_seed(0)
+    net = DiT(hidden_size=16, num_layers=1, num_heads=2, patch_size=4, **settings)
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    return net.eval()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("pipe")
+    ClassConditionalPipeline(network(), FlowMapScheduler(), id2label={"3": "three, drei"}).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    path = tmp_path_factory.mktemp("plain")
+    ClassConditionalPipeline(network(), diffusers.FlowMatchEulerDiscreteScheduler()).save_pretrained(path)
+    return path
+
+
+def images(output):
+    return {p.relative_to(output).as_posix(): p.read_bytes() for p in sorted(output.rglob("*.png")) if p.stem != "grid"}
+
+
+def call(pipeline, output, **settings):
+    return sample_to_folder(pipeline, output, **dict(quiet=True, num_inference_steps=2) | settings)
+
+
+def test_the_same_whatever_the_batch_size_and_resumes(folder, tmp_path):
+    kwargs = dict(labels=["1", "drei"], num_images=3)
+    one = images(call(folder, tmp_path / "a", batch_size=1, **kwargs))
+    six = images(call(folder, tmp_path / "b", batch_size=6, **kwargs))
+    assert list(one) == [f"{c}/{i:06d}.png" for c, rows in ((1, range(3)), (3, range(3, 6))) for i in rows]
+    assert len(set(one.values())) == 6 and one == six
+    (tmp_path / "a" / "3" / "000004.png").unlink()
+    before = (tmp_path / "a" / "1" / "000000.png").stat().st_mtime_ns
+    assert images(call(folder, tmp_path / "a", **kwargs)) == one
+    assert (tmp_path / "a" / "1" / "000000.png").stat().st_mtime_ns == before
+    rows = [json.loads(line) for line in (tmp_path / "a" / "metadata.jsonl").read_text().splitlines()]
+    assert rows[4] == {"file_name": "3/000004.png", "label": 3, "item": 4}
+    with Image.open(tmp_path / "a" / "3" / "000004.png") as image:
+        carried = json.loads(image.text["genkit"])
+    assert carried["item"] == 4 and carried["settings"]["seed"] == 0
+    assert Image.open(tmp_path / "a" / "grid.png").size == (3 * 50 - 2, 2 * 50 - 2)
+    with pytest.raises(ValueError, match="holds images made with {'seed': 0}"):
+        call(folder, tmp_path / "a", seed=1, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    ["DDPMScheduler", "flow_map:stochastic=True", "exact_denoiser:noise_scale=0.5", "EulerAncestralDiscreteScheduler"],
+)
+def test_noisy_schedulers_do_not_see_the_batch(scheduler, plain, tmp_path):
+    pipeline = plain
+    if scheduler.endswith("Scheduler"):
+        pipeline = tmp_path / "vp"
+        ClassConditionalPipeline(network(), diffusers.DDPMScheduler()).save_pretrained(pipeline)
+    kwargs = dict(labels=["1", "2", "3"], scheduler=scheduler, num_inference_steps=4)
+    one = images(call(pipeline, tmp_path / "a", batch_size=1, **kwargs))
+    two = images(call(pipeline, tmp_path / "b", batch_size=2, **kwargs))
+    assert one == two and len(set(one.values())) == 3
+    assert images(call(pipeline, tmp_path / "c", seed=1, **kwargs)) != one
+
+
+def test_an_image_is_that_of_its_seed_and_number(plain, tmp_path):
+    made = call(plain, tmp_path / "a", labels=["5", "6"], guider="cfg:guidance_scale=2.0")
+    pipe = ClassConditionalPipeline.from_pretrained(plain)
+    pipe.set_progress_bar_config(disable=True)
+    noise = ItemRNG(0, [1]).normal((1, 8, 8))
+    expected = pipe([6], 2, latents=noise, guider=CFG(guidance_scale=2.0)).images[0]
+    assert numpy.array_equal(numpy.asarray(Image.open(made / "6" / "000001.png")), numpy.asarray(expected))
+
+
+_KILLED = """
+import sys, time
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from genkit.pipelines import image_folder
+from genkit.pipelines.commands import sample_to_folder
+save = image_folder.ImageFolder.save
+def slow(self, i, image):
+    save(self, i, image)
+    print(i, flush=True)
+    time.sleep(0.2)
+image_folder.ImageFolder.save = slow
+sample_to_folder(Path(sys.argv[1]), Path(sys.argv[2]), labels=["1"], num_images=50, num_inference_steps=2, batch_size=7)
+"""
+
+
+def test_goes_on_after_being_killed(folder, tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", _KILLED, folder, tmp_path / "a"], stdout=subprocess.PIPE)
+    try:
+        for _ in range(9):  # into the second batch
+            process.stdout.readline()
+        time.sleep(0.05)
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+    there = images(tmp_path / "a")
+    assert 9 <= len(there) < 50 and not (tmp_path / "a" / "metadata.jsonl").exists()
+    again = images(call(folder, tmp_path / "a", labels=["1"], num_images=50))
+    assert len(again) == 50 and all(again[name] == data for name, data in there.items())
+    assert again == images(call(folder, tmp_path / "b", labels=["1"], num_images=50, batch_size=50))
+
+
+def test_files_cut_off_by_a_kill_are_made_again(folder, tmp_path):
+    made = images(call(folder, tmp_path / "a", labels=["1"]))
+    (tmp_path / "a" / "1" / "000000.png").rename(tmp_path / "a" / "1" / "000000.png.part")
+    (tmp_path / "a" / "1" / "000000.png.part").write_bytes(b"half")
+    assert images(call(folder, tmp_path / "a", labels=["1"])) == made
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "settings.json.part").write_text('{"see')  # killed before the settings were there
+    assert images(call(folder, tmp_path / "b", labels=["1"])) == made
+
+
+def test_settings_without_images_do_not_hold_a_folder(folder, tmp_path):
+    call(folder, tmp_path / "a", labels=["1"])
+    (tmp_path / "a" / "1" / "000000.png").unlink()
+    (tmp_path / "a" / "grid.png").unlink()
+    call(folder, tmp_path / "a", labels=["2"])
+    assert json.loads((tmp_path / "a" / "settings.json").read_text())["asked"] == [2]
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3", "flux"])
+def test_prompts_for_the_pipelines_of_diffusers(name, tiny_pipeline, tmp_path):
+    tiny_pipeline(name).save_pretrained(tmp_path / "pipe")
+    (tmp_path / "prompts.txt").write_text("blue, and “green”\n\n")
+    size = "max_sequence_length=16," if name in ("sd3", "flux") else ""
+    settings = dict(
+        prompts=["a cat"],
+        inputs=tmp_path / "prompts.txt",
+        num_images=2,
+        guider="apg:guidance_scale=5.0",
+        arguments=size + "negative_prompt='two dogs',height=32,width=32",
+    )
+    one = images(call(tmp_path / "pipe", tmp_path / "a", batch_size=1, **settings))
+    three = images(call(tmp_path / "pipe", tmp_path / "b", batch_size=3, **settings))
+    assert list(one) == [f"{i:06d}.png" for i in range(4)] and len(set(one.values())) == 4
+    pixels = [numpy.asarray(Image.open(tmp_path / f / "000003.png"), dtype=int) for f in "ab"]
+    assert list(three) == list(one) and numpy.abs(pixels[0] - pixels[1]).max() <= 1  # where a half is rounded
+    rows = [json.loads(line) for line in (tmp_path / "a" / "metadata.jsonl").read_text().splitlines()]
+    assert rows[2] == {"file_name": "000002.png", "item": 2, "text": "blue, and “green”"}
+
+
+def test_labels_for_a_pipeline_of_diffusers_and_no_input_for_unconditional_ones(tiny_pipeline, tmp_path):
+    tiny_pipeline("dit").save_pretrained(tmp_path / "dit")
+    made = images(call(tmp_path / "dit", tmp_path / "a", labels=["1", "999"], scheduler="DPMSolverMultistepScheduler"))
+    assert list(made) == ["1/000000.png", "999/000001.png"]
+    net = network(num_classes=0)
+    ClassConditionalPipeline(net, diffusers.FlowMatchEulerDiscreteScheduler()).save_pretrained(tmp_path / "free")
+    assert len(images(call(tmp_path / "free", tmp_path / "b", num_images=3, batch_size=2))) == 3
+    with pytest.raises(ValueError, match="unconditional"):
+        call(tmp_path / "free", tmp_path / "c", labels=["1"])
+    with pytest.raises(ValueError, match="unconditional"):
+        call(tmp_path / "free", tmp_path / "c", guider="cfg:guidance_scale=2.0")
+
+
+def test_all_labels_by_default(folder, tmp_path):
+    assert [name.split("/")[0] for name in images(call(folder, tmp_path / "a"))] == [str(i) for i in range(10)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        (dict(labels=["12"]), ValueError, "accepted are 0 to 9"),
+        (dict(labels=["four"]), ValueError, "labels="),
+        (dict(prompts=["a cat"]), ValueError, "takes class labels"),
+        (dict(batch_size=0), ValueError, "batch_size=0"),
+        (dict(num_images=0), ValueError, "num_images=0"),
+        (dict(num_inference_steps=0), ValueError, "num_inference_steps=0"),
+        (dict(dtype="float31"), ValueError, "did you mean 'float32'"),
+        (dict(guider="apgg"), ValueError, "did you mean 'apg'"),
+        (dict(guider="apg:eta"), ValueError, "not of the form key=value"),
+        (dict(guider="cfg:guidance_scale=2.0"), ValueError, "gives no clean-sample prediction to guide"),
+        (dict(scheduler="pndmm"), ValueError, "did you mean 'pndm'"),
+        (dict(scheduler="flow_map:shif=3"), ValueError, "did you mean 'shift'"),
+        (dict(arguments="etta=1"), ValueError, "did you mean 'eta'"),
+        (dict(arguments="latents=1"), ValueError, "'latents' is not known"),
+        (dict(arguments="eta"), ValueError, "not of the form key=value"),
+        (dict(inputs="nowhere.txt"), FileNotFoundError, "no such file"),
+    ],
+)
+def test_refuses_before_it_writes(settings, error, message, folder, tmp_path):
+    if "inputs" in settings:
+        settings = dict(inputs=tmp_path / settings["inputs"])
+    with pytest.raises(error, match=message):
+        call(folder, tmp_path / "out", **dict(labels=["1"]) | settings)
+    assert not (tmp_path / "out").exists()
+
+
+def test_refuses_what_is_no_pipeline_and_folders_of_something_else(folder, tmp_path):
+    for place in (tmp_path / "nothing", tmp_path, "nobody/nothing"):
+        with pytest.raises(FileNotFoundError, match="no model_index.json|nor found on the Hub"):
+            call(place, tmp_path / "out")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("x")
+    with pytest.raises(ValueError, match="not empty"):
+        call(folder, tmp_path / "mine", labels=["1"])
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "model_index.json").write_text('{"_class_name": "KandinskyPipeline"}')
+    with pytest.raises(ValueError, match="is a KandinskyPipeline; accepted are"):
+        load_pipeline(tmp_path / "other")
+
+
+def test_settings_are_python_literals_and_bare_words():
+    text = "a=1e-3,b=-2,c=gradient,d=[1,2],e={'name':'apg'},f='x, y',g=None,h=True"
+    found = dict(a=1e-3, b=-2, c="gradient", d=[1, 2], e={"name": "apg"}, f="x, y", g=None, h=True)
+    assert parse_settings("x", text) == found and parse_settings("x", "") == {}
+    for bad in ("1", "a=b.c", "a=f()", "**{}", "a=1)", "a=1)+_(b=2"):
+        with pytest.raises(ValueError, match="not of the form"):
+            parse_settings("x", bad)
+
+
+def test_parse_guider():
+    guider = parse_guider("apg:guidance_scale=4,eta=0.5")
+    assert guider.config.guidance_scale == 4 and guider.config.eta == 0.5
+    with pytest.raises(ValueError, match="did you mean 'guidance_scale'"):
+        parse_guider("cfg:guidance_scal=4")
+
+
+def test_parse_scheduler_keeps_the_path(tiny_pipeline):
+    old = tiny_pipeline("sd15").scheduler
+    exact = parse_scheduler("exact_denoiser:noise_scale=0.5", old)
+    assert isinstance(exact, ExactDenoiserScheduler) and exact.config.noise_scale == 0.5
+    back = parse_scheduler("DPMSolverMultistepScheduler:solver_order=3", exact)
+    assert back.config.solver_order == 3
+    torch.testing.assert_close(back.alphas_cumprod, old.alphas_cumprod)
+    shifted = parse_scheduler("flow_map:shift=2.0", tiny_pipeline("sd3").scheduler)
+    assert shifted.config.shift == 2.0
