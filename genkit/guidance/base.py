@@ -81,7 +81,9 @@ class Guider(ModularProtocol):
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         # Diffusers' loader looks the base class up in the module that defines the component.
-        vars(sys.modules[cls.__module__]).setdefault("BaseGuidance", BaseGuidance)
+        module = sys.modules.get(cls.__module__)
+        if module is not None:  # it is, for a file executed by hand
+            vars(module).setdefault("BaseGuidance", BaseGuidance)
 
     def __setattr__(self, name: str, value) -> None:
         if name in self.__dict__ and name in self.__dict__.get("_internal_dict", ()):

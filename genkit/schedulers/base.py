@@ -70,7 +70,9 @@ class PathScheduler(SchedulerMixin, ConfigMixin):
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         # Diffusers' loader looks the base class up in the module that defines the component.
-        vars(sys.modules[cls.__module__]).setdefault("SchedulerMixin", SchedulerMixin)
+        module = sys.modules.get(cls.__module__)
+        if module is not None:  # it is, for a file executed by hand
+            vars(module).setdefault("SchedulerMixin", SchedulerMixin)
 
     # -- the path -----------------------------------------------------------------------------------------------
 
