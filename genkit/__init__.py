@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 for _family in (
     "data",
     "denoisers",
+    "feynman_kac",
     "guidance",
     "networks",
     "schedulers",

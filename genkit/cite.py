@@ -11,6 +11,7 @@ from genkit.registry import unknown
 
 # The families whose members can be cited, and the base class of each. Names of objectives and recipes meet here.
 FAMILIES = {
+    "genkit.feynman_kac": "genkit.feynman_kac.base:FeynmanKac",
     "genkit.guidance": "genkit.guidance.base:Guider",
     "genkit.schedulers": "genkit.schedulers.base:PathScheduler",
     "genkit.networks": "diffusers:ModelMixin",

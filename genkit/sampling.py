@@ -3,17 +3,19 @@
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from genkit.denoisers.base import Condition, Denoiser, FlowMap, Prediction
-from genkit.feynman_kac.log_weights import LogWeights
 from genkit.guidance.base import Guided, Guider, Point
 from genkit.guidance.moves import check_moves, moved_sample, remembered
 from genkit.interpolants import Linear, from_scheduler, scheduler_prediction_type
+
+if TYPE_CHECKING:  # the methods of that package know the loop
+    from genkit.feynman_kac.log_weights import LogWeights
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class State:
     guider_state: Any
     scheduler: Any
     generators: Sequence[torch.Generator] | torch.Generator | None = None
-    log_weights: LogWeights | None = None
+    log_weights: "LogWeights | None" = None
 
     def gather(self, index: Tensor) -> "State":
         """The state with sample ``index[j]`` at row ``j``: everything kept per sample is re-indexed together.

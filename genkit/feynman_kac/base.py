@@ -195,7 +195,7 @@ class FeynmanKac(ABC):
 
     def grouped(self, values: Tensor) -> Tensor:
         """One number a sample, ``(B,)``, as float64 ``(N, K)`` on the CPU."""
-        return values.detach().to("cpu", torch.float64).view(-1, self.num_particles)
+        return values.detach().cpu().double().view(-1, self.num_particles)
 
     # -- diagnostics ----------------------------------------------------------------------------------------------
 

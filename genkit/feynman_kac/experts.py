@@ -7,7 +7,6 @@ from diffusers.configuration_utils import register_to_config
 
 from genkit.denoisers.base import Condition, Denoiser
 from genkit.guidance.base import Guided, Guider
-from genkit.interpolants import Interpolant
 
 OWN = ("cond", "uncond")
 
@@ -87,7 +86,7 @@ class Experts(Guider):
 
     def check_network(self, network, interpolant, prediction_type, shape, condition=None):
         for name, (denoiser, _) in self.experts.items():
-            if denoiser is not None and not _same_path(denoiser.interpolant, interpolant):
+            if denoiser is not None and not denoiser.interpolant.same_as(interpolant):
                 raise ValueError(
                     f"experts[{name!r}] was made for another path ({type(denoiser.interpolant).__name__}) than the "
                     f"run's {type(interpolant).__name__}: experts must share the noise levels"
@@ -116,8 +115,3 @@ class Experts(Guider):
         raw = base.raw.to(torch.promote_types(base.raw.dtype, torch.float32))
         update = sum(exponents[name] / total * (parts[name].as_type(base.prediction_type) - raw) for name in others)
         return Guided(base.with_raw((raw + update).to(base.raw.dtype)), parts), state
-
-
-def _same_path(one: Interpolant, other: Interpolant) -> bool:
-    t = torch.linspace(0.01, 0.99, 5, dtype=torch.float64)
-    return torch.allclose(one.alpha(t), other.alpha(t)) and torch.allclose(one.sigma(t), other.sigma(t))

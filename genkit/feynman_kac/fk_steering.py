@@ -100,12 +100,11 @@ class FKSteering(FeynmanKac):
         ends = ends[ends > 0]
         if not self.lookahead_steps or not len(ends):
             return None
-        guided, t, x = state.guided, state.t, state.guided.prediction.z
-        path = guided.prediction.interpolant
+        guided, t = state.guided, state.t
         for end in ends:
-            clean, keep, _ = exact_coefficients(path, t, end, 0.0)
-            x, t = (clean * guided.prediction.sample + keep * x).to(x.dtype), end
-            guided = self._evaluate(x, t, state)
+            here = guided.prediction
+            clean, keep, _ = exact_coefficients(here.interpolant, t, end, 0.0)
+            guided, t = self._evaluate((clean * here.sample + keep * here.z).to(here.z.dtype), end, state), end
         gain = self._rewards(guided) - self._rewards(state.guided)
         # Any finite modulation is unbiased: what the reward cannot tell is left out.
         return gain.where(gain.isfinite(), 0)

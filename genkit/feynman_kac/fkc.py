@@ -44,8 +44,8 @@ class FKC(FeynmanKac):
     Use :class:`ExactDenoiserScheduler` with ``noise_scale`` 1 or so: without noise copies never separate, and for
     ``B != 1`` the cloud collapses. Any other scheduler without history will do where ``B = 1`` and there is no reward.
     Initial samples are ``scheduler.init_noise_sigma`` times standard normal. ``log_z`` estimates
-    ``log Z(last) - log Z(first)`` in the coordinates ``y``, evaluations at ``alpha > 0``; for ``B = 1`` the start is
-    normalised, so it is ``log`` of the integral of ``prod_i q_i^{b_i} e^{r}``.
+    ``log Z(last) - log Z(first)``, the integrals over ``y`` of ``prod_i q_i^{b_i} e^{rho}`` at the last noise level and
+    of ``prod_i q_i^{b_i}`` at the first one of finite ``kappa``; for ``B = 1`` the latter is 1 at large ``kappa``.
 
     Args:
         num_particles, settings: see :class:`genkit.feynman_kac.base.FeynmanKac`.
@@ -89,8 +89,8 @@ class FKC(FeynmanKac):
                 f"scheduler={type(scheduler).__name__}: a reward's drift depends on the noise that is injected; use "
                 "ExactDenoiserScheduler, which says it (noise_scale)"
             )
-        total = scheduler.config.exponent_sum if exact else 1.0
-        self.exponents = _exponents(guider, total, self._times[:-1])
+        self.total = scheduler.config.exponent_sum if exact else 1.0
+        self.exponents = _exponents(guider, self.total, self._times[:-1])
         if isinstance(guider, Experts):
             for name, (_, own) in guider.experts.items():
                 if own is not None:
@@ -100,7 +100,7 @@ class FKC(FeynmanKac):
         path, t = state.guided.prediction.interpolant, state.t
         increment, coming = torch.zeros_like(memory[..., 0]), torch.zeros_like(memory[..., 0])
         before = self._times[state.i - 1] if state.i else None
-        scores = _Scores(state.guided.parts, self.exponents)
+        scores = _Scores(state.guided.parts, self.exponents, self.total)
         if before is not None:
             increment = memory[..., 0] + self.grouped(scores.half(before, t))
         if state.t_next > 0:
@@ -144,22 +144,28 @@ class FKC(FeynmanKac):
 class _Scores:
     """What the experts' predictions say at one point: the mean noise, and how far the clean samples lie apart."""
 
-    def __init__(self, parts: Mapping[str, Prediction], exponents: Mapping[str, float]):
+    def __init__(self, parts: Mapping[str, Prediction], exponents: Mapping[str, float], total: float):
         first = parts[next(iter(exponents))]
         wide = torch.promote_types(first.raw.dtype, torch.float32)
         self.path, self.t, self.z = first.interpolant, first.t, first.z.to(wide)
-        self.total = sum(exponents.values())
-        # Differences to one expert, so that equal experts lie exactly 0 apart.
-        off = {name: parts[name].sample.to(wide) - first.sample.to(wide) for name in exponents}
-        mean = sum(exponents[name] / self.total * off[name] for name in exponents)
-        self.spread = sum(b * off[name].square().flatten(1).sum(1) for name, b in exponents.items())
-        self.spread = self.spread - self.total * mean.square().flatten(1).sum(1)
+        self.total = total  # the sum of the exponents, free of their rounding
+        mean, spread = (
+            torch.zeros_like(first.sample, dtype=wide),
+            torch.zeros(len(self.z), dtype=wide).to(self.z.device),
+        )
+        for name, b in exponents.items():
+            off = parts[name].sample.to(wide) - first.sample.to(wide)  # exactly 0 where experts are equal
+            mean, spread = mean + b / total * off, spread + b * off.square().flatten(1).sum(1)
+        self.spread = spread - total * mean.square().flatten(1).sum(1)
         self.parts, self.exponents, self.wide = parts, exponents, wide
 
     @cached_property
     def noise(self) -> Tensor:
         """The noise of the score sum, ``sum_i b_i eps_i / B``, shape of the samples."""
-        return sum(b / self.total * self.parts[name].epsilon.to(self.wide) for name, b in self.exponents.items())  # type: ignore[return-value]
+        noise = torch.zeros_like(self.z)
+        for name, b in self.exponents.items():
+            noise = noise + b / self.total * self.parts[name].epsilon.to(self.wide)
+        return noise
 
     def half(self, start: Tensor, end: Tensor) -> Tensor:
         """This end's half of the trapezoidal rule over the step from ``start`` to ``end``."""
