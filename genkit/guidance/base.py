@@ -82,7 +82,7 @@ class Guider(ModularProtocol):
         super().__init_subclass__(**kwargs)
         # Diffusers' loader looks the base class up in the module that defines the component.
         module = sys.modules.get(cls.__module__)
-        if module is not None:  # it is, for a file executed by hand
+        if module is not None:  # a file executed by hand has none
             vars(module).setdefault("BaseGuidance", BaseGuidance)
 
     def __setattr__(self, name: str, value) -> None:
