@@ -1,7 +1,8 @@
 """Diffusers pipelines: what a user calls."""
 
 from genkit.pipelines.class_conditional import ClassConditionalPipeline
+from genkit.pipelines.coarse_guided import CoarseGuidedPipeline
 from genkit.pipelines.few_step import FewStepPipeline
 from genkit.pipelines.text_to_image import TextToImagePipeline
 
-__all__ = ["ClassConditionalPipeline", "FewStepPipeline", "TextToImagePipeline"]
+__all__ = ["ClassConditionalPipeline", "CoarseGuidedPipeline", "FewStepPipeline", "TextToImagePipeline"]

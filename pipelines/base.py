@@ -1,7 +1,7 @@
 """What genkit's pipelines share: any network with an adapter, its classic components, a guider, and THE loop."""
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -154,6 +154,12 @@ class DenoiserPipeline(DiffusionPipeline):
         return unwrap(self.network).config
 
     @property
+    def embeds_guidance(self) -> bool:
+        """Whether the network is told a guidance scale that was distilled into it."""
+        config = self._network_config
+        return bool(getattr(config, "guidance_embeds", False) or getattr(config, "time_cond_proj_dim", None))
+
+    @property
     def classic(self) -> Any:
         """Diffusers' pipeline of the same components, for what is done there (``load_lora_weights`` ...); ``None`` for
         a network that takes no prompts."""
@@ -281,7 +287,7 @@ class DenoiserPipeline(DiffusionPipeline):
         output_type: str = "pil",
         callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-        arguments: Mapping[str, Any] | None = None,
+        **arguments: Any,
     ) -> Run:
         """From what was asked to the last state of the loop; whatever cannot work is refused before it begins."""
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
@@ -297,7 +303,6 @@ class DenoiserPipeline(DiffusionPipeline):
                 raise ValueError(f"{name}={count}: must be at least 1")
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type={output_type!r}: accepted are {', '.join(OUTPUT_TYPES)}")
-        arguments = dict(arguments or {})
         guider = self._choose_guider(guider, guidance_scale, arguments)
         denoiser, shape = self.denoiser(), self.sample_shape(height, width)
         check_fit(denoiser, self.scheduler, guider)
@@ -340,8 +345,7 @@ class DenoiserPipeline(DiffusionPipeline):
         """The call's guider; the scale goes to networks that embed one, or else stands for classifier-free guidance."""
         if guidance_scale is None:
             return guider if guider is not None else self.components.get("guider")
-        config = self._network_config
-        if getattr(config, "guidance_embeds", False) or getattr(config, "time_cond_proj_dim", None):
+        if self.embeds_guidance:
             arguments["guidance_scale"] = guidance_scale
             return guider if guider is not None else self.components.get("guider")
         if guider is not None:

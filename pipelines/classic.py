@@ -9,6 +9,7 @@ import numpy
 import torch
 from diffusers import DiffusionPipeline, FluxPipeline, StableDiffusion3Pipeline, StableDiffusionXLPipeline
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
+from diffusers.utils.torch_utils import get_module_execution_device
 from torch import Tensor, nn
 
 from genkit.denoisers.network import unwrap
@@ -107,7 +108,8 @@ def decode(vae: Any, latents: Tensor, *, upcast: bool = False) -> Tensor:
     half = upcast and vae.dtype == torch.float16 and config.force_upcast
     if half:
         vae.to(dtype=torch.float32)
-    image = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
+    latents = latents.to(get_module_execution_device(vae), vae.dtype)
+    image = vae.decode(latents, return_dict=False)[0]
     if half:
         vae.to(dtype=torch.float16)
     return image.float()

@@ -208,8 +208,8 @@ def _try(pipe: DenoiserPipeline, rule: Guider | None, given, value, steps: int, 
     size = {k: extra.get(k) for k in ("height", "width")}
     shape = pipe.sample_shape(**size)
     check_fit(pipe.denoiser(), pipe.scheduler, rule)
-    call = inspect.signature(type(pipe).__call__).parameters
-    told: dict[str, Any] = {k: v for k, v in extra.items() if k not in call} | (size if given == "prompt" else {})
+    run = inspect.signature(DenoiserPipeline._generate).parameters
+    told: dict[str, Any] = {k: v for k, v in extra.items() if k not in run} | (size if given == "prompt" else {})
     if given:
         told[given] = [value]
     condition = pipe.encode(**told)

@@ -1,13 +1,13 @@
 """Images in a few jumps of a flow map that was distilled from a text-to-image or class-conditional model."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from genkit.denoisers import Condition, FlowMap, TwoTime, from_pipeline
+from genkit.denoisers import FlowMap, TwoTime, from_pipeline
 from genkit.denoisers.network import unwrap
 from genkit.hub import load_flow_map
 from genkit.pipelines.base import DenoiserPipeline, PipelineOutput, with_parts
@@ -97,20 +97,8 @@ class FewStepPipeline(DenoiserPipeline):
         num_inference_steps: int = 4,
         *,
         class_labels: int | Sequence[int] | Tensor | None = None,
-        batch_size: int | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        guidance_scale: float | None = None,
-        condition: Condition | None = None,
-        num_images_per_prompt: int = 1,
-        sigmas: Sequence[float] | None = None,
-        timesteps: Sequence[float] | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        latents: Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         **arguments: Any,
     ) -> PipelineOutput | tuple:
         """Generate images.
@@ -119,32 +107,15 @@ class FewStepPipeline(DenoiserPipeline):
             prompt, class_labels: what the network is told, by which of the two it takes; neither for an unconditional
                 network, which is given ``batch_size``.
             num_inference_steps: jumps, of one network call each.
-            guidance_scale: for networks that embed it (FLUX.1-dev) that scale; others have theirs trained in.
-
-        The other arguments are those of :class:`genkit.pipelines.text_to_image.TextToImagePipeline`.
+            arguments: those of :class:`genkit.pipelines.text_to_image.TextToImagePipeline`, guiders excepted.
+                ``guidance_scale`` is for networks that embed it (FLUX.1-dev); others have theirs trained in.
 
         Raises:
             ValueError: no student, arguments that the network does not take or that do not fit each other; before the
                 network is first called.
         """
         run = self._generate(
-            num_inference_steps,
-            prompt=prompt,
-            class_labels=class_labels,
-            batch_size=batch_size,
-            condition=condition,
-            num_images_per_prompt=num_images_per_prompt,
-            height=height,
-            width=width,
-            guidance_scale=guidance_scale,
-            sigmas=sigmas,
-            timesteps=timesteps,
-            generator=generator,
-            latents=latents,
-            output_type=output_type,
-            callback_on_step_end=callback_on_step_end,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-            arguments=arguments,
+            num_inference_steps, prompt=prompt, class_labels=class_labels, output_type=output_type, **arguments
         )
         output = self._finish(run, output_type)
         return output if return_dict else (output.images, output.network_calls)

@@ -84,7 +84,7 @@ class TextToImagePipeline(DenoiserPipeline):
             output_type=output_type,
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-            arguments=arguments,
+            **arguments,
         )
         output = self._finish(run, output_type)
         return output if return_dict else (output.images, output.network_calls)

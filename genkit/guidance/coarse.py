@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+from diffusers.utils.torch_utils import get_module_execution_device
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -39,7 +40,8 @@ def encode_reference(vae, images: Tensor, size: Sequence[int] | None = None) -> 
         raise ValueError(f"images have shape {tuple(images.shape)}: accepted is (B, {channels}, [T,] H, W)")
     if size is not None:
         images = resize(images, size)
-    latents = vae.encode(images.to(device=vae.device, dtype=vae.dtype)).latent_dist.mode().float()
+    device = get_module_execution_device(vae)  # not where offloading keeps the weights
+    latents = vae.encode(images.to(device=device, dtype=vae.dtype)).latent_dist.mode().float()
     mean, std = config.get("latents_mean"), config.get("latents_std")
     scale, shift = config.get("scaling_factor") or 1.0, config.get("shift_factor") or 0.0
     if mean is None or std is None:

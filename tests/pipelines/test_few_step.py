@@ -158,7 +158,8 @@ def test_bad_input(tiny_pipeline, tmp_path):
         (dict(guidance_scale=2.0), "gives no clean-sample prediction to guide"),
         (dict(class_labels=[1]), "takes a prompt"),
         (dict(num_inference_steps=0), "num_inference_steps=0"),
-        (dict(guider=CFG()), "argument='guider'"),
+        (dict(guider=CFG()), "gives no clean-sample prediction to guide"),
+        (dict(etta=1), "argument='etta'"),
     ):
         with pytest.raises(ValueError, match=message):
             pipe(**inputs("sd3") | changes)
