@@ -42,10 +42,11 @@ class _LazyModule(ModuleType):
                     object.__setattr__(self, "__class__", ModuleType)
                 finally:
                     del self.__dict__["_genkit_running"]
-        try:
+        if name in self.__dict__:
             return self.__dict__[name]
-        except KeyError:
-            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}") from None
+        if "__getattr__" in self.__dict__:  # the module's own (PEP 562)
+            return self.__dict__["__getattr__"](name)
+        raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
 
 
 def _loader(module: ModuleType) -> Loader:

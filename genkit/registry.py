@@ -41,6 +41,19 @@ def members(package: str, base: type[T]) -> dict[str, type[T]]:
     return found
 
 
+def member_class(package: str, base: type[T], name: str) -> type[T]:
+    """The member whose class is called ``name``, for a package's ``__getattr__``.
+
+    Raises:
+        AttributeError: there is none.
+    """
+    if not name.startswith("_"):
+        for cls in members(package, base).values():  # type: ignore[arg-type]
+            if cls.__name__ == name:
+                return cls
+    raise AttributeError(f"module {package!r} has no attribute {name!r}")
+
+
 def lookup(package: str, base: type[T], name: str, *, setting: str) -> type[T]:
     """The member called ``name``, or a ``ValueError`` that names the setting, the value and the choices."""
     known = members(package, base)  # type: ignore[arg-type]  # mypy does not see that classes are hashable

@@ -1,13 +1,18 @@
-"""Guiders: a file a rule. ``guided`` puts one into a classic pipeline, ``attach`` into a modular one."""
+"""Guiders: a file a rule. ``guided`` puts one into a classic pipeline, ``attach`` into a modular one.
 
-from genkit.guidance.apg import APG
+Every guider can be imported from here: ``from genkit.guidance import APG, GFCG``.
+"""
+
 from genkit.guidance.base import Guided, Guider, Point
-from genkit.guidance.cfg import CFG
 from genkit.guidance.hooks import guided
 from genkit.guidance.modular import attach, detach
-from genkit.registry import members, unknown
+from genkit.registry import member_class, members, unknown
 
-__all__ = ["APG", "CFG", "Guided", "Guider", "Point", "attach", "detach", "guided", "load_guider"]
+__all__ = ["Guided", "Guider", "Point", "attach", "detach", "guided", "load_guider"]
+
+
+def __getattr__(name: str):
+    return member_class(__name__, Guider, name)
 
 
 def load_guider(path, **kwargs) -> Guider:

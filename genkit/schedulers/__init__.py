@@ -1,8 +1,13 @@
-"""Solvers, as Diffusers schedulers."""
+"""Solvers, as Diffusers schedulers.
 
-from genkit.schedulers.exact_denoiser import ExactDenoiserScheduler
-from genkit.schedulers.flow_map import FlowMapScheduler
-from genkit.schedulers.interpolant import InterpolantScheduler
-from genkit.schedulers.pndm import PseudoNumericalScheduler
+Every scheduler can be imported from here: ``from genkit.schedulers import FlowMapScheduler``.
+"""
 
-__all__ = ["ExactDenoiserScheduler", "FlowMapScheduler", "InterpolantScheduler", "PseudoNumericalScheduler"]
+from genkit.registry import member_class
+from genkit.schedulers.base import PathScheduler
+
+__all__ = ["PathScheduler"]
+
+
+def __getattr__(name: str):
+    return member_class(__name__, PathScheduler, name)
