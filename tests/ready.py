@@ -71,6 +71,9 @@ def _reference(shape):
 GIVEN["h_transform"] = _reference
 
 
+GIVEN["experts"] = lambda shape: {"exponents": {"cond": 2.0, "uncond": -1.0}}
+
+
 def ready(cls: type[Guider], shape: tuple[int, ...], **settings) -> Guider:
     """``cls(**settings)`` that can run on samples of ``shape``; settings that it does not take are left out."""
     name = cls.__module__.rpartition(".")[2]

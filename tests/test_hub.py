@@ -385,7 +385,9 @@ def test_a_class_that_cannot_be_shipped(tmp_path, tiny_pipeline):
 
 
 # What constructors cannot do without.
-SETTINGS = {"ReadoutHead": {"at": ["sample"], "channels": [1], "projection_dim": 24, "norm_num_groups": 1}}
+SETTINGS = {
+    "ReadoutHead": {"at": ["sample"], "channels": [1], "projection_dim": 24, "norm_num_groups": 1},
+}
 
 
 def test_stock_loader_finds_every_component_after_import_genkit(tmp_path, tiny_pipeline):

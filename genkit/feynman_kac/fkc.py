@@ -11,9 +11,9 @@ from torch import Tensor
 
 from genkit.denoisers.base import Prediction
 from genkit.feynman_kac.base import FeynmanKac, check_rewards
-from genkit.feynman_kac.experts import Experts
 from genkit.guidance.base import Guider
 from genkit.guidance.cfg import CFG
+from genkit.guidance.experts import Experts
 from genkit.interpolants import Interpolant
 from genkit.schedulers.exact_denoiser import ExactDenoiserScheduler
 
@@ -28,7 +28,7 @@ class FKC(FeynmanKac):
 
     The density is what guider and scheduler claim, ``p_t = prod_i q_t^{b_i} exp(rho) / Z_t``, with exponents summing to
     the scheduler's ``B = exponent_sum``: ``{cond: B}`` without a guider (annealing), ``{cond: w B, uncond: (1 - w) B}``
-    under CFG of scale ``w``, and those of :class:`genkit.feynman_kac.experts.Experts`. With ``D_i`` the clean-sample
+    under CFG of scale ``w``, and those of :class:`genkit.guidance.experts.Experts`. With ``D_i`` the clean-sample
     predictions, ``D = sum_i b_i D_i / B``, ``eps = (x - alpha D)/sigma``, ``y = x/alpha``, ``kappa = sigma/alpha``, the
     score sum is ``S = B (D - y)/kappa^2`` and, whatever the sampler's injected noise, the log-weight grows by::
 

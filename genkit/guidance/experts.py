@@ -23,11 +23,12 @@ class Experts(Guider):
     "Feynman-Kac correctors in diffusion", arXiv 2503.02819, section 3; exponents ``{cond: w, uncond: 1 - w}`` are CFG.
 
     Args:
-        exponents: ``b_i`` by name, a positive sum. ``cond`` and ``uncond`` are the run's own model under the run's
-            condition and without; every other name must be among the ``experts`` of :meth:`using`: a ``Denoiser``
-            (under the run's condition), a ``Condition`` (of the run's model), or a pair of both, on the same path.
-        enabled, scheduler_config: see :class:`Guider`. There is no window: a density whose exponents jump has weights
-            that no score determines.
+        exponents: ``b_i`` by name, a positive sum; by default ``{"cond": 1.0}``. ``cond`` and ``uncond`` are the run's
+            own model under the run's condition and without; every other name must be among the ``experts`` of
+            :meth:`using`: a ``Denoiser`` (under the run's condition), a ``Condition`` (of the run's model), or a pair
+            of both, on the same path.
+        start, stop, enabled, scheduler_config: see :class:`Guider`. Correctors want no window: a density whose
+            exponents jump has weights that no score determines.
 
     Raises:
         ValueError: exponents that are not finite or whose sum is not positive; before a run: an expert without exponent
@@ -37,12 +38,21 @@ class Experts(Guider):
     takes = {"experts": "a mapping from names in exponents to a Denoiser, a Condition or a pair of both"}
 
     @register_to_config
-    def __init__(self, *, exponents: dict[str, float], enabled: bool = True, scheduler_config: dict | None = None):
+    def __init__(
+        self,
+        *,
+        exponents: dict[str, float] | None = None,
+        start: float = 0.0,
+        stop: float = 1.0,
+        enabled: bool = True,
+        scheduler_config: dict | None = None,
+    ):
+        exponents = {"cond": 1.0} if exponents is None else dict(exponents)
         values = torch.tensor(list(exponents.values()), dtype=torch.float64)
         if not bool(values.isfinite().all()) or not values.sum() > 0:
             raise ValueError(f"exponents={exponents}: must be finite with a sum above 0 (no Gaussian is a start else)")
-        super().__init__(enabled=enabled, scheduler_config=scheduler_config)
-        self.exponents = dict(exponents)
+        super().__init__(start=start, stop=stop, enabled=enabled, scheduler_config=scheduler_config)
+        self.exponents = exponents
 
     @property
     def needs_uncond(self) -> bool:  # type: ignore[override]

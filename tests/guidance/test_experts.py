@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from genkit.denoisers import Condition
-from genkit.feynman_kac import Experts
 from genkit.guidance import CFG
 from genkit.guidance.base import Point
+from genkit.guidance.experts import Experts
 from genkit.interpolants import Trigonometric
 from genkit.sampling import sample
 from genkit.testing.oracles import Gaussian, two_class_mixture
