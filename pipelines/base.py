@@ -143,11 +143,12 @@ class DenoiserPipeline(DiffusionPipeline):
         Raises:
             ValueError: none with an adapter.
         """
-        for part in self.components.values():
+        parts = self.components
+        for part in (parts.get("unet"), parts.get("transformer")):
             if isinstance(part, nn.Module) and adapter_of(part):
                 return part
-        names = [type(part).__name__ for part in self.components.values() if isinstance(part, nn.Module)]
-        raise ValueError(f"{type(self).__name__} holds no network with an adapter; its modules are {names}")
+        names = {name: type(part).__name__ for name, part in parts.items() if isinstance(part, nn.Module)}
+        raise ValueError(f"{type(self).__name__} holds no network with an adapter as unet or transformer, but {names}")
 
     @property
     def _network_config(self) -> Any:
@@ -220,8 +221,12 @@ class DenoiserPipeline(DiffusionPipeline):
                 f"prompt={prompt!r}, class_labels={class_labels}: {type(unwrap(self.network)).__name__} takes a prompt"
             )
         own = set(inspect.signature(adapter.encode).parameters) - {"self", "pipe", "more"}
-        others = set(inspect.signature(pipe.encode_prompt).parameters)
-        accepted = own | (others - {"device", "num_images_per_prompt", "do_classifier_free_guidance"})
+        hidden = {"device", "num_images_per_prompt", "do_classifier_free_guidance"}
+        accepted = own | {
+            name
+            for name in inspect.signature(pipe.encode_prompt).parameters
+            if name not in hidden and not name.endswith("_embeds")  # which a condition brings
+        }
         n = len(texts(prompt))
         for name, value in arguments.items():
             if name not in accepted:
@@ -340,6 +345,13 @@ class DenoiserPipeline(DiffusionPipeline):
                 if self._interrupt:
                     break
         return Run(last, denoiser, condition)
+
+    def told(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Those of a call's arguments that :meth:`encode` takes."""
+        calls = [vars(cls)["__call__"] for cls in type(self).__mro__ if "__call__" in vars(cls)]
+        others = {name for f in (*calls, DenoiserPipeline._generate) for name in inspect.signature(f).parameters}
+        size = {name: arguments[name] for name in ("height", "width") if name in arguments}
+        return {k: v for k, v in arguments.items() if k not in others} | size
 
     def _choose_guider(self, guider, guidance_scale, arguments: dict[str, Any]) -> Guider | None:
         """The call's guider; the scale goes to networks that embed one, or else stands for classifier-free guidance."""

@@ -205,11 +205,9 @@ def _try(pipe: DenoiserPipeline, rule: Guider | None, given, value, steps: int, 
     """The shape of a sample, after the refusal of whatever the first batch would be refused for."""
     if steps < 1:
         raise ValueError(f"num_inference_steps={steps}: must be at least 1")
-    size = {k: extra.get(k) for k in ("height", "width")}
-    shape = pipe.sample_shape(**size)
+    shape = pipe.sample_shape(extra.get("height"), extra.get("width"))
     check_fit(pipe.denoiser(), pipe.scheduler, rule)
-    run = inspect.signature(DenoiserPipeline._generate).parameters
-    told: dict[str, Any] = {k: v for k, v in extra.items() if k not in run} | (size if given == "prompt" else {})
+    told = pipe.told(extra)
     if given:
         told[given] = [value]
     condition = pipe.encode(**told)
