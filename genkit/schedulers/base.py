@@ -95,7 +95,11 @@ class PathScheduler(SchedulerMixin, ConfigMixin):
         Raises:
             ValueError: a scheduler of a family without interpolant.
         """
-        if isinstance(config, Mapping) and "path" not in kwargs:
+        if isinstance(config, Mapping) and config.get("_class_name", cls.__name__) != cls.__name__:
+            # Settings that mean nothing here would be kept, saved, and warned of at every loading.
+            own = {k: v for k, v in config.items() if k in cls._settings() or k == "_use_default_values"}
+            config = own | ({} if "path" in kwargs else cls._foreign(config))
+        elif isinstance(config, Mapping) and "path" not in kwargs:
             config = {**config, **cls._foreign(config)}
         return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
 

@@ -110,6 +110,22 @@ def test_the_scheduler_of_a_pipeline_can_be_swapped_either_way():
     assert swap(flow, shift=1.0).config.shift == 1.0
 
 
+def test_loading_warns_of_nothing(tmp_path, caplog):
+    """Another class's settings would be warned of at every loading."""
+    from diffusers.utils import logging
+
+    logging.enable_propagation()
+    try:
+        for other in (diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), diffusers.DDIMScheduler()):
+            other.save_pretrained(tmp_path)
+            for swap in (FlowMapScheduler.from_scheduler, lambda s: FlowMapScheduler.from_config(s.config)):
+                swap(type(other).from_pretrained(tmp_path)).save_pretrained(tmp_path / "ours")
+                FlowMapScheduler.from_pretrained(tmp_path / "ours")
+    finally:
+        logging.disable_propagation()
+    assert "expected" not in caplog.text
+
+
 @pytest.mark.parametrize("spacing", ["linspace", "trailing"])
 def test_spacings_are_those_of_diffusers(spacing):
     ddim = diffusers.DDIMScheduler(timestep_spacing=spacing)
