@@ -19,6 +19,7 @@ for _family in (
     "pipelines",
     "hub",
     "interpolants",
+    "latents",
     "rng",
     "sampling",
 ):

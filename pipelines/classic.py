@@ -13,6 +13,7 @@ from diffusers.utils.torch_utils import get_module_execution_device
 from torch import Tensor, nn
 
 from genkit.denoisers.network import unwrap
+from genkit.latents import unstandardise
 
 
 def classic_pipeline(network: nn.Module, parts: Mapping[str, Any]) -> DiffusionPipeline | None:
@@ -79,7 +80,9 @@ def set_schedule(
     """
     config = classic.scheduler.config
     shift: dict[str, float] = {}
-    if isinstance(classic, (StableDiffusion3Pipeline, FluxPipeline)) and config.get("use_dynamic_shifting"):
+    dynamic = isinstance(classic, StableDiffusion3Pipeline) and config.get("use_dynamic_shifting")
+    takes_shift = "mu" in inspect.signature(classic.scheduler.set_timesteps).parameters
+    if takes_shift and (dynamic or _is_flux(classic)):  # Flux names it always; schedulers may not heed it
         tokens = shape[-2] * shape[-1] // _patch(classic) ** 2
         shift["mu"] = calculate_shift(
             tokens,
@@ -98,17 +101,10 @@ def decode(vae: Any, latents: Tensor, *, upcast: bool = False) -> Tensor:
 
     ``upcast`` runs a float16 autoencoder that asks for it in float32, as Diffusers does for SDXL.
     """
-    config = vae.config
-    mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
-    if mean is not None and std is not None:
-        mean, std = (torch.tensor(v, device=latents.device).view(1, -1, 1, 1) for v in (mean, std))
-        latents = latents * std / config.scaling_factor + mean
-    else:
-        latents = latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
-    half = upcast and vae.dtype == torch.float16 and config.force_upcast
+    half = upcast and vae.dtype == torch.float16 and vae.config.force_upcast
     if half:
         vae.to(dtype=torch.float32)
-    latents = latents.to(get_module_execution_device(vae), vae.dtype)
+    latents = unstandardise(vae, latents).to(get_module_execution_device(vae), vae.dtype)
     image = vae.decode(latents, return_dict=False)[0]
     if half:
         vae.to(dtype=torch.float16)

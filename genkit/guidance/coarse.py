@@ -7,6 +7,7 @@ from diffusers.utils.torch_utils import get_module_execution_device
 from torch import Tensor
 from torch.nn import functional as F
 
+from genkit.latents import standardise
 from genkit.registry import unknown
 
 POLICIES = ("any", "all")
@@ -34,20 +35,14 @@ def encode_reference(vae, images: Tensor, size: Sequence[int] | None = None) -> 
     Raises:
         ValueError: another number of channels than the VAE takes.
     """
-    config = vae.config
-    channels = config.get("in_channels", 3)
+    channels = vae.config.get("in_channels", 3)
     if images.ndim not in (4, 5) or images.shape[1] != channels:
         raise ValueError(f"images have shape {tuple(images.shape)}: accepted is (B, {channels}, [T,] H, W)")
     if size is not None:
         images = resize(images, size)
     device = get_module_execution_device(vae)  # not where offloading keeps the weights
     latents = vae.encode(images.to(device=device, dtype=vae.dtype)).latent_dist.mode().float()
-    mean, std = config.get("latents_mean"), config.get("latents_std")
-    scale, shift = config.get("scaling_factor") or 1.0, config.get("shift_factor") or 0.0
-    if mean is None or std is None:
-        return (latents - shift) * scale
-    mean, std = (torch.tensor(v, device=latents.device).view(1, -1, *(1,) * (latents.ndim - 2)) for v in (mean, std))
-    return (latents - mean) * scale / std
+    return standardise(vae, latents)
 
 
 def latent_masks(

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from genkit.denoisers.flux import unpack
+from genkit.latents import unstandardise
 
 
 class LatentDecoder(nn.Module):
-    """``vae.decode(z / scaling_factor + shift_factor)``: predicted clean latents to images, nominally in [-1, 1].
+    """Predicted clean latents, as networks see them, to images, nominally in [-1, 1].
 
     Latents are ``(B, C, H, W)``, or ``(B, N, 4 C)`` as Flux packs them.
 
@@ -34,9 +35,7 @@ class LatentDecoder(nn.Module):
     def forward(self, latents: Tensor) -> Tensor:
         if latents.ndim == 3:
             latents = unpack(latents, *self._size(latents.shape[1]))
-        config = self.vae.config
-        z = latents / (config.get("scaling_factor") or 1.0) + (config.get("shift_factor") or 0.0)
-        return self.vae.decode(z.to(self.vae.dtype), return_dict=False)[0]
+        return self.vae.decode(unstandardise(self.vae, latents).to(self.vae.dtype), return_dict=False)[0]
 
     def _size(self, tokens: int) -> tuple[int, int]:
         """Height and width of the latents that were packed into ``tokens``."""
