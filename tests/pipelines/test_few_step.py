@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from peft import LoraConfig, inject_adapter_in_model
 
 from genkit import hub
@@ -63,12 +64,7 @@ def test_the_samples_of_the_flow_map(name, lora, tiny_pipeline, tmp_path):
     teacher = tiny_pipeline(name)
     flow_map = write_student(teacher, tmp_path, lora)
     scheduler = FlowMapScheduler.from_scheduler(teacher.scheduler)
-    mu = dict(mu=0.5) if name == "flux" else {}  # what FluxPipeline derives from 64 tokens
-    if mu:
-        from diffusers.pipelines.flux.pipeline_flux import calculate_shift
-
-        mu = dict(mu=calculate_shift(64))
-    scheduler.set_timesteps(2, **mu)
+    scheduler.set_timesteps(2, mu=calculate_shift(64) if name == "flux" else None)  # as FluxPipeline for 64 tokens
     told = {k: v for k, v in inputs(name).items() if name == "sdxl" or k not in ("height", "width")}
     condition = flow_map.encode(teacher, **told)
     expected = sample(flow_map, scheduler, latents(), condition)

@@ -9,8 +9,10 @@ from transformers import CLIPImageProcessor
 from genkit.denoisers import from_pipeline
 from genkit.guidance import APG, CFG, Guider, guided
 from genkit.pipelines import TextToImagePipeline
+from genkit.pipelines.commands import parse_scheduler
 from genkit.rng import ItemRNG
 from genkit.testing import tiny
+from tests.ready import GUIDERS, ready
 
 NAMES = ("sd15", "sdxl", "sd3", "flux")
 ALL = pytest.mark.parametrize("name", NAMES)
@@ -87,11 +89,13 @@ def test_batches_second_prompts_and_sizes(name, tiny_pipeline, diffusers_image):
         ("sd3", "FlowMatchHeunDiscreteScheduler", {}),
         ("sd3", "FlowMatchEulerDiscreteScheduler", dict(sigmas=[1.0, 0.6, 0.1])),
         ("flux", "FlowMatchEulerDiscreteScheduler", dict(sigmas=[1.0, 0.6, 0.1])),
+        *[(name, "pndm", dict(num_inference_steps=5)) for name in NAMES],
+        *[(name, "exact_denoiser", {}) for name in NAMES],
     ],
 )
 def test_any_scheduler(name, scheduler, changes, tiny_pipeline, diffusers_image):
     pipe = tiny_pipeline(name)
-    pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config)
+    pipe.scheduler = parse_scheduler(scheduler, pipe.scheduler)
     theirs = diffusers_image(pipe, name, **changes)
     assert distance(image(own(pipe), name, guider=CFG(guidance_scale=3.0), **changes), theirs) < 1e-5
 
@@ -346,3 +350,31 @@ def test_a_network_of_labels_and_a_foreign_scheduler_are_refused(tiny_pipeline):
         own(pipe, scheduler=foreign)("a cat", 1)
     with pytest.raises(ValueError, match="found 0 among|no network with an adapter"):
         own(tiny_pipeline("sd15"), unet=None)("a cat", 1)
+
+
+def ready_for(pipe, name, rule):
+    """The guider with what it needs, on latents ``(1, 4, 16, 16)``."""
+    guider = ready(GUIDERS[rule], (1, 4, 16, 16))
+    if rule == "autoguidance":
+        weak = tiny.pipeline(name, seed=1)
+        return guider.using(weak=weak.unet if hasattr(weak, "unet") else weak.transformer)
+    if rule == "gfcg":  # by prompts in place of classes
+        size = dict(max_sequence_length=16) if name == "sd3" else dict(height=32, width=32) if name == "sdxl" else {}
+        return guider.using(candidates=own(pipe).encode([str(k) for k in range(10)], **size), desired=1)
+    return guider
+
+
+@ALL
+@pytest.mark.parametrize("rule", GUIDERS)
+def test_every_guider_does_here_what_it_does_in_the_classic_pipeline(name, rule, tiny_pipeline, diffusers_image):
+    if name == "flux" and rule in ("readout", "gfcg", "cfg_mp"):
+        pytest.skip("looks at channels, decodes or draws noise; the classic pipeline's latents of Flux are packed")
+    pipe = tiny_pipeline(name)
+    if rule == "cfg_mp":  # its fixed-point iteration magnifies rounding
+        pipe.to(dtype=torch.float64)
+    guider = ready_for(pipe, name, rule)
+    with guided(pipe, guider):
+        hooked = diffusers_image(pipe, name)
+    mine = image(own(pipe), name, guider=guider)
+    assert distance(mine, hooked) < 1e-5
+    assert distance(mine, image(own(pipe), name)) > 1e-5
