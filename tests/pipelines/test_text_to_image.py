@@ -146,21 +146,6 @@ def test_takes_the_folders_of_diffusers(name, tiny_pipeline, tmp_path, caplog):
     assert distance(image(loaded, name), image(own(pipe), name, guider=CFG(guidance_scale=2.0))) < 1e-5
 
 
-def test_stock_loader_takes_a_portable_folder(tiny_pipeline, tmp_path, fresh_process):
-    from genkit.hub import save_portable
-
-    pipe = own(tiny_pipeline("sd15"), guider=CFG(guidance_scale=3.0))
-    save_portable(pipe, tmp_path / "p")
-    got = fresh_process(
-        "from diffusers import DiffusionPipeline\n"
-        "from genkit.testing import tiny\n"
-        f"pipe = DiffusionPipeline.from_pretrained({str(tmp_path / 'p')!r}, trust_remote_code=True)\n"
-        "images = pipe(**tiny.call_arguments('sd15', 3), negative_prompt='two dogs').images\n"
-        "print(json.dumps([type(pipe).__name__, images.tolist()]))"
-    )
-    assert got[0] == "TextToImagePipeline" and distance(torch.tensor(got[1]), image(pipe, "sd15")) < 1e-5
-
-
 def test_push_to_hub_sends_what_save_pretrained_writes(tiny_pipeline, monkeypatch):
     sent = {}
 
