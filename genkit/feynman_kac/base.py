@@ -42,8 +42,8 @@ class FeynmanKac(ABC):
         start, stop: window of resampling, as positions ``1 - t`` on the noise axis (0 is pure noise).
         weights_outside: ``keep`` increments outside the window (unbiased), or ``drop`` them (what published image
             experiments do).
-        increment_clip: increments further than this from their group's mean, in nats, are cut: less variance, but
-            biased. ``stats()["clipped"]`` tells how often.
+        increment_clip: finite increments further than this from their group's mean, in nats, are cut: less variance,
+            but biased. ``stats()["clipped"]`` tells how often.
         annealing: flattens what ancestors are drawn from; see
             :class:`genkit.feynman_kac.entropic.EntropicAnnealing`.
 
@@ -230,9 +230,12 @@ _SPREADS = {
 
 
 def _clip(increment: Tensor, clip: float) -> tuple[Tensor, Tensor]:
-    centre = increment.where(increment.isfinite(), math.nan).nanmean(1, keepdim=True)
+    finite = increment.isfinite()
+    centre = increment.where(finite, math.nan).nanmean(1, keepdim=True)
     off = increment - centre
-    return off.clamp(-clip, clip) + centre, (off.abs() > clip).double().mean(1)
+    # The dead stay dead: a bound would give them a weight again.
+    clipped = (off.clamp(-clip, clip) + centre).where(finite, increment)
+    return clipped, ((off.abs() > clip) & finite).double().mean(1)
 
 
 def _seeds(generators: Sequence[torch.Generator] | torch.Generator | None, groups: int, count: int) -> list[int]:

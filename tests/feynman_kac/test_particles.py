@@ -186,6 +186,16 @@ def test_clipping_keeps_the_mean_and_says_how_often():
     assert unclipped.stats()["clipped"].sum() == 0
 
 
+def test_clipping_revives_nobody():
+    def some(x):
+        return torch.where(torch.arange(len(x)) == 2, -math.inf, x[:, 0])
+
+    particles = FKSteering(4, reward=some, ess_threshold=0, reward_interval=99, increment_clip=0.01)
+    state = final(particles, labels(0, repeat=4), range(4))  # the reward is asked once, at the end
+    assert state.log_weights.normalised[0, 2] == 0 and bool(state.log_weights.values[0, [0, 1, 3]].isfinite().all())
+    assert particles.stats()["clipped"].max() == 0.75  # the dead one is not counted
+
+
 def test_stats():
     particles = FKC(32, annealing=EntropicAnnealing())
     state = guided(particles)
