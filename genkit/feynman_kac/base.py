@@ -3,7 +3,7 @@
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +24,10 @@ from genkit.sampling import State, visited_times
 class FeynmanKac(ABC):
     """What particle methods share; a subclass says how samples are weighed (:meth:`weigh`).
 
+    To add one, write one file in this folder (CONTRIBUTING.md has one). What :meth:`weigh` wants to know of a particle
+    later goes through ``memory``, which is re-indexed with the samples, never through ``self``. A constructor passes on
+    to this one the settings that make sense for its method, usually all.
+
     Give it to :func:`genkit.sampling.trajectory` as ``particles``, with ``num_particles`` consecutive samples a prompt
     (``condition.repeat(num_particles)``). ``state.log_weights`` of the last state belongs to the final samples.
 
@@ -34,6 +38,13 @@ class FeynmanKac(ABC):
     Random numbers of a group are derived from the state of its first sample's generator, without advancing it: a run
     without need for resampling gives the samples of plain sampling bit for bit, and with a generator a sample a group
     does not depend on the others.
+
+    Attributes:
+        memory_size: ``M``, float64 numbers that :meth:`weigh` remembers of a particle; 0 at the start.
+        times: of every evaluation, and 0 for the end, float64 ``(E + 1,)``; this and what follows from
+            :meth:`start_run` on.
+        last: number of the last evaluation, ``E - 1``.
+        denoiser, condition, guider: what the run was started with.
 
     Args:
         num_particles: ``K``, particles a prompt. 1 is plain sampling.
@@ -49,10 +60,11 @@ class FeynmanKac(ABC):
 
     Raises:
         ValueError: a setting out of range; before a run: a batch that is no whole number of groups, prompts mixed in a
-            group, a flow map, a scheduler with a history that cannot be re-indexed.
+            group, a flow map, a scheduler with a history that cannot be re-indexed, ``drop`` with a window in which the
+            method never weighs.
     """
 
-    _memory = 0  # numbers that `weigh` remembers a particle
+    memory_size = 0
 
     def __init__(
         self,
@@ -83,7 +95,7 @@ class FeynmanKac(ABC):
         self.weights_outside = weights_outside
         self.increment_clip = increment_clip
         self.annealing = annealing
-        self._records: list[dict[str, Any]] = []
+        self._forget()
 
     # -- the rule -------------------------------------------------------------------------------------------------
 
@@ -91,8 +103,20 @@ class FeynmanKac(ABC):
     def weigh(self, state: State, memory: Tensor) -> tuple[State, Tensor, Tensor]:
         """The state to go on with, the increment of the log-weights ``(N, K)``, and the memory ``(N, K, M)`` to keep.
 
-        The increment and the memory are float64 and on the CPU.
+        The increment and the memory are float64 and on the CPU (:meth:`grouped`). An increment that is not finite kills
+        the particle.
+
+        Args:
+            state: after an evaluation: ``x`` at ``t``, the predictions ``state.guided``; ``state.i`` numbers it.
+            memory: what was kept of these samples.
         """
+
+    def weighs_at(self) -> Collection[int]:
+        """Numbers of the evaluations where :meth:`weigh` is asked and groups can be resampled; all by default.
+
+        Asked during a run, so that :attr:`times` and :attr:`last` are known.
+        """
+        return range(self.last + 1)
 
     def look_ahead(self, state: State, memory: Tensor) -> Tensor | None:
         """What is known of the particles' next increments, ``(N, K)`` nats; nothing by default.
@@ -104,7 +128,10 @@ class FeynmanKac(ABC):
     # -- the run --------------------------------------------------------------------------------------------------
 
     def start_run(self, denoiser: Denoiser, scheduler, x: Tensor, condition: Condition, guider: Guider | None) -> None:
-        """Refuse what cannot work (see the class), and forget the diagnostics of the last run."""
+        """Refuse what cannot work (see the class), and forget the diagnostics of the last run.
+
+        A method that cannot work with every scheduler or guider extends it.
+        """
         if hasattr(scheduler, "jump_target"):
             raise ValueError(
                 f"scheduler={type(scheduler).__name__}: particles weigh clean-sample predictions, which the jumps of a "
@@ -121,16 +148,24 @@ class FeynmanKac(ABC):
                 "prompt num_particles consecutive samples (condition.repeat(num_particles))"
             )
         self.check_groups("condition", condition)
-        self._denoiser, self._condition, self._guider = denoiser, condition, guider
-        self._times = visited_times(denoiser, scheduler)
-        if bool((self._times.diff() >= 0).any()):
+        self.denoiser, self.condition, self.guider = denoiser, condition, guider
+        self.times = visited_times(denoiser, scheduler)
+        self.last = len(self.times) - 2
+        if bool((self.times.diff() >= 0).any()):
             raise ValueError(
                 f"scheduler={type(scheduler).__name__} visits a time twice (several stages a step); particles are "
                 "weighed between samples, so use one with a single evaluation a step"
             )
-        inside = [within(t, self.start, self.stop) for t in self._times[:-1]]
-        self._opportunities = [i for i in range(1, len(inside)) if inside[i]]
-        self._records = []
+        self._weighs_at = sorted(self.weighs_at())
+        inside = [i for i in self._weighs_at if within(self.times[i], self.start, self.stop)]
+        if self.weights_outside == "drop" and not inside:
+            raise ValueError(
+                f"weights_outside='drop' with start={self.start}, stop={self.stop}: {type(self).__name__} weighs at "
+                f"t={[round(float(self.times[i]), 4) for i in self._weighs_at]}, never in that window; widen it, or "
+                "keep the weights"
+            )
+        self._opportunities = [i for i in inside if i > 0]
+        self._forget()
 
     def check_groups(self, setting: str, condition: Condition) -> None:
         """Raise ``ValueError`` where the samples of one group are to be generated under different conditions."""
@@ -149,20 +184,25 @@ class FeynmanKac(ABC):
         count = self.num_particles
         if state.i == 0:
             self._seeds = _seeds(state.generators, len(state.x) // count, count)
-        log_weights = state.log_weights or LogWeights.equal(len(state.x) // count, count, self._memory)
-        state, increment, memory = self.weigh(state, log_weights.memory)
-        inside = within(state.t, self.start, self.stop)
-        if not inside and self.weights_outside == "drop":
+        self._notes = {}
+        log_weights = state.log_weights or LogWeights.equal(len(state.x) // count, count, self.memory_size)
+        memory = log_weights.memory
+        increment = torch.zeros_like(log_weights.values)
+        if state.i in self._weighs_at:
+            state, increment, memory = self.weigh(state, memory)
+        if self.weights_outside == "drop" and not within(state.t, self.start, self.stop):
             increment = torch.zeros_like(increment)
-        notes = {f"increment_{name}": f(increment) for name, f in _SPREADS.items()}
+        self.note(**{f"increment_{name}": f(increment) for name, f in _SPREADS.items()})
         if self.increment_clip is not None:
-            increment, notes["clipped"] = _clip(increment, self.increment_clip)
+            increment, clipped = _clip(increment, self.increment_clip)
+            self.note(clipped=clipped)
         log_weights = replace(log_weights.add(increment), memory=memory)
-        notes |= {"ess": log_weights.ess}
-        state, notes["ancestors"], notes["temperature"] = self._resample(replace(state, log_weights=log_weights))
+        self.note(ess=log_weights.ess)
+        state, ancestors, temperature = self._resample(replace(state, log_weights=log_weights))
         assert state.log_weights is not None
-        notes |= {"log_z": state.log_weights.log_z, "distinct_roots": state.log_weights.distinct_roots}
-        self._records.append({"t": state.t, **notes})
+        self.note(ancestors=ancestors, temperature=temperature)
+        self.note(log_z=state.log_weights.log_z, distinct_roots=state.log_weights.distinct_roots)
+        self._records.append({"t": state.t, **self._notes})
         return state
 
     def _resample(self, state: State) -> tuple[State, Tensor, Tensor]:
@@ -173,8 +213,7 @@ class FeynmanKac(ABC):
         temperature = torch.ones(n, dtype=torch.float64)
         share = log_weights.ess / count
         needy = share < self.ess_threshold if self.ess_threshold < 1 else torch.ones(n, dtype=torch.bool)
-        last = len(self._times) - 2
-        if state.i not in self._opportunities or state.i == last or count == 1 or not bool(needy.any()):
+        if state.i not in self._opportunities or state.i == self.last or count == 1 or not bool(needy.any()):
             return state, index, temperature
         if self.annealing is not None:
             progress = (self._opportunities.index(state.i) + 1) / len(self._opportunities)
@@ -199,16 +238,29 @@ class FeynmanKac(ABC):
 
     # -- diagnostics ----------------------------------------------------------------------------------------------
 
+    def _forget(self) -> None:
+        self._records: list[dict[str, Any]] = []
+        self._notes: dict[str, Any] = {}
+
+    def note(self, **values: Any) -> None:
+        """Keep diagnostics of this evaluation for :meth:`stats`: numbers, or tensors with one a group or a particle."""
+        self._notes |= values
+
     def stats(self) -> dict[str, Tensor]:
         """Diagnostics of the last run, a row an evaluation (``E`` of them, ``N`` groups, ``K`` particles).
 
         ``t`` ``(E,)``; ``ess`` before resampling, ``distinct_roots`` after it, ``log_z``, ``temperature``, the
         spread of the increments before clipping (``increment_min``, ``increment_max``, ``increment_std``) and, with
         ``increment_clip``, ``clipped``, the share of increments that it cut: ``(E, N)``; ``ancestors`` ``(E, N, K)``,
-        the genealogy: slot of the last evaluation that each particle continues.
+        the genealogy: slot of the last evaluation that each particle continues; and what the method notes, NaN at
+        evaluations where it noted nothing.
         """
-        names = self._records[0] if self._records else {}
-        return {name: torch.stack([torch.as_tensor(record[name]) for record in self._records]) for name in names}
+        rows = [{k: torch.as_tensor(v).detach().cpu() for k, v in record.items()} for record in self._records]
+        shapes = {name: value.shape for row in rows for name, value in row.items()}
+        return {
+            name: torch.stack([row.get(name, torch.full(shape, math.nan, dtype=torch.float64)) for row in rows])
+            for name, shape in shapes.items()
+        }
 
 
 def check_rewards(rewards: Tensor, batch: int) -> Tensor:

@@ -40,6 +40,8 @@ class FKSteering(FeynmanKac):
             clean sample that many DDIM steps on. As much is taken from the survivors' weights, so the target stays. It
             costs ``lookahead_steps`` evaluations and one or two rewards; more particles may buy more.
 
+    ``stats()["reward"]``, ``(E, N, K)``, has ``lambda r_k`` before resampling.
+
     Raises:
         ValueError: see :class:`FeynmanKac`; a reward of another shape.
 
@@ -47,7 +49,7 @@ class FKSteering(FeynmanKac):
     arXiv 2501.06848, section 3; look-ahead: Giannone et al., arXiv 2510.05825, as an auxiliary particle filter.
     """
 
-    _memory = 2  # max or sum so far, and the total of the log-potentials
+    memory_size = 2  # max or sum so far, and the total of the log-potentials
 
     def __init__(
         self,
@@ -73,30 +75,25 @@ class FKSteering(FeynmanKac):
         self.reward_interval = reward_interval
         self.lookahead_steps = lookahead_steps
 
-    def start_run(self, denoiser, scheduler, x, condition, guider):
-        super().start_run(denoiser, scheduler, x, condition, guider)
-        last = len(self._times) - 2
-        self._asked = {*range(self.reward_interval, last, self.reward_interval), last}
-        # Only where weights have changed is there something to resample by.
-        self._opportunities = [i for i in self._opportunities if i in self._asked]
+    def weighs_at(self):
+        return {*range(self.reward_interval, self.last, self.reward_interval), self.last}
 
     def weigh(self, state, memory):
-        if state.i not in self._asked:
-            return state, torch.zeros_like(memory[..., 0]), memory
         reward = self._rewards(state.guided)
+        self.note(reward=reward)
         peak, total = memory.unbind(-1)
-        first = state.i == min(self._asked)
+        first = state.i == min(self.weighs_at())
         if self.potential == "max" and not first:
             peak = torch.maximum(peak, reward)
         else:
             peak = peak + reward if self.potential == "sum" else reward
         increment = peak
-        if self.potential == "difference" or state.i == max(self._asked):
+        if self.potential == "difference" or state.i == self.last:
             increment = reward - total
         return state, increment, torch.stack((peak, total + increment), -1)
 
     def look_ahead(self, state, memory):
-        ends = self._times[state.i + 1 : state.i + 1 + self.lookahead_steps]
+        ends = self.times[state.i + 1 : state.i + 1 + self.lookahead_steps]
         ends = ends[ends > 0]
         if not self.lookahead_steps or not len(ends):
             return None
@@ -110,11 +107,11 @@ class FKSteering(FeynmanKac):
         return gain.where(gain.isfinite(), 0)
 
     def _evaluate(self, x: Tensor, t: Tensor, state: State) -> Guided:
-        if self._guider is None:
-            prediction = self._denoiser(x, t, self._condition)
+        if self.guider is None:
+            prediction = self.denoiser(x, t, self.condition)
             return Guided(prediction, {"cond": prediction})
-        point = Point(self._denoiser, x, t, None, None, self._condition)
-        guided, _ = self._guider.guide(point, state.guider_state)
+        point = Point(self.denoiser, x, t, None, None, self.condition)
+        guided, _ = self.guider.guide(point, state.guider_state)
         return guided
 
     def _rewards(self, guided: Guided) -> Tensor:

@@ -54,6 +54,8 @@ class FKC(FeynmanKac):
         reward_schedule: ``beta``, from ``kappa`` (infinite at pure noise) to a number; 1 at 0 and so small at the start
             that the tilt of the noise is negligible or, where that start is at finite ``kappa``, corrected by weights.
 
+    ``stats()["tilt"]``, ``(E, N, K)``, has ``rho`` of the samples before resampling, where there is a reward.
+
     Raises:
         ValueError: see :class:`FeynmanKac`; before a run also: a guider that follows no score sum of fixed exponents
             (windows and rescaling among them), exponents that do not sum to the scheduler's, a reward under another
@@ -63,7 +65,7 @@ class FKC(FeynmanKac):
     arXiv 2503.02819, propositions 3.1 to 3.4 and appendix; the form for any noise and the quadrature are derived here.
     """
 
-    _memory = 1  # the first half of the increment over the coming step
+    memory_size = 1  # the first half of the increment over the coming step
 
     def __init__(
         self,
@@ -90,7 +92,7 @@ class FKC(FeynmanKac):
                 "ExactDenoiserScheduler, which says it (noise_scale)"
             )
         self.total = scheduler.config.exponent_sum if exact else 1.0
-        self.exponents = _exponents(guider, self.total, self._times[:-1])
+        self.exponents = _exponents(guider, self.total, self.times[:-1])
         if isinstance(guider, Experts):
             for name, (_, own) in guider.experts.items():
                 if own is not None:
@@ -99,7 +101,7 @@ class FKC(FeynmanKac):
     def weigh(self, state, memory):
         path, t = state.guided.prediction.interpolant, state.t
         increment, coming = torch.zeros_like(memory[..., 0]), torch.zeros_like(memory[..., 0])
-        before = self._times[state.i - 1] if state.i else None
+        before = self.times[state.i - 1] if state.i else None
         scores = _Scores(state.guided.parts, self.exponents, self.total)
         if before is not None:
             increment = memory[..., 0] + self.grouped(scores.half(before, t))
@@ -118,15 +120,17 @@ class FKC(FeynmanKac):
             ratio = float(path.alpha(time) / path.alpha(t))
             return self.grouped(self._beta(path, time) * (value if ratio == 1 else self._reward(ratio * x)))
 
+        here = tilt(t)
+        self.note(tilt=here)
         slope = self.grouped(self._beta(path, t) * float(path.alpha(t)) * (gradient * scores.noise).flatten(1).sum(1))
         if before is None or path.alpha(before) == 0:
-            increment = increment + tilt(t)  # the first finite kappa: samples are drawn without the tilt
+            increment = increment + here  # the first finite kappa: samples are drawn without the tilt
         else:
             fall = _kappa(path, before) - _kappa(path, t)
-            increment = increment - scores.total * fall * slope / 2 + (tilt(t) - tilt(before)) / 2
+            increment = increment - scores.total * fall * slope / 2 + (here - tilt(before)) / 2
         if state.t_next > 0:
             fall = _kappa(path, t) - _kappa(path, state.t_next)
-            coming = coming - scores.total * fall * slope / 2 + (tilt(state.t_next) - tilt(t)) / 2
+            coming = coming - scores.total * fall * slope / 2 + (tilt(state.t_next) - here) / 2
             c2 = state.scheduler.config.noise_scale**2
             share = c2 / ((1 + c2) * scores.total) * float(path.sigma(t)) ** 2 / float(path.alpha(t))
             moved = state.guided.prediction.moved(share * self._beta(path, t) * gradient)

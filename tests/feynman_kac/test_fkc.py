@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from genkit.feynman_kac import FKC, Experts
+from genkit.feynman_kac import FKC
 from genkit.feynman_kac.fkc import _Scores
-from genkit.guidance import CFG
+from genkit.guidance import CFG, Experts
 from genkit.schedulers import ExactDenoiserScheduler
 from genkit.testing.oracles import Gaussian
 from tests.feynman_kac.targets import (

@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from genkit.denoisers import Condition, FunctionFlowMap
-from genkit.feynman_kac import FKC, EntropicAnnealing, Experts, FKSteering
-from genkit.guidance import APG, CFG
+from genkit.feynman_kac import FKC, EntropicAnnealing, FeynmanKac, FKSteering
+from genkit.guidance import APG, CFG, Experts
 from genkit.interpolants import Linear, from_scheduler
 from genkit.rng import ItemRNG
 from genkit.sampling import sample, trajectory
 from genkit.schedulers import ExactDenoiserScheduler, FlowMapScheduler
 from genkit.testing.oracles import two_class_mixture
+from tests.feynman_kac.ready import FOUND, METHODS
 from tests.feynman_kac.targets import F64, UNIT, WIDE, condition, either, grid, run, scheduler_on
 
 LAW = two_class_mixture(3)
@@ -31,7 +32,7 @@ def scheduler(n=12, noise_scale=1.0, exponent_sum=1.0):
     return made
 
 
-def final(particles, given, items, *, guider=None, sched=None, denoiser=None):
+def final(particles, given, items, *, guider=None, sched=None, denoiser=None, callback=None):
     x = ItemRNG(0, items).normal((3,), dtype=F64)
     generators = ItemRNG(1, items).generators()
     states = trajectory(
@@ -42,6 +43,7 @@ def final(particles, given, items, *, guider=None, sched=None, denoiser=None):
         guider=guider,
         particles=particles,
         generators=generators,
+        callback=callback,
     )
     return list(states)[-1]
 
@@ -50,24 +52,37 @@ def reward(x):
     return x[:, 0]
 
 
-METHODS = {
-    "fkc": lambda k, **s: FKC(k, **s),
-    "reward": lambda k, **s: FKC(k, reward=reward, **s),
-    "steering": lambda k, **s: FKSteering(k, reward=reward, **s),
-    "look-ahead": lambda k, **s: FKSteering(k, reward=reward, lookahead_steps=2, **s),
-    "annealed": lambda k, **s: FKSteering(k, reward=reward, annealing=EntropicAnnealing(), **s),
-}
+RESAMPLED = {"fkc", "fkc, all given", "fk_steering", "look-ahead", "annealed"}
+SETTINGS = [dict(resampler=name) for name in ("systematic", "multinomial", "residual", "ssp")]
+SETTINGS.append(
+    dict(start=0.1, stop=0.95, weights_outside="drop", increment_clip=0.3, annealing=EntropicAnnealing("base"))
+)
 
 
 # -- equal to plain sampling ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["fkc", "steering", "look-ahead", "annealed"])
+@pytest.mark.parametrize("name", METHODS)
 def test_one_particle_is_plain_sampling_bit_for_bit(name):
-    guider = CFG(guidance_scale=3.0)
+    """Unless the method follows other predictions than the guider's, as a reward's gradient does."""
+    guider, followed = CFG(guidance_scale=3.0), []
+    particles = METHODS[name](1, ess_threshold=1.0)
+    weigh = particles.weigh
+
+    def watched(state, memory):
+        after, *rest = weigh(state, memory)
+        followed.append(after.guided is state.guided)
+        return after, *rest
+
+    particles.weigh = watched
     plain = final(None, labels(0, 1, 1), range(3), guider=guider).x
-    single = final(METHODS[name](1, ess_threshold=1.0), labels(0, 1, 1), range(3), guider=guider)
-    assert torch.equal(single.x, plain) and single.log_weights.normalised.flatten().tolist() == [1, 1, 1]
+    single = final(particles, labels(0, 1, 1), range(3), guider=guider)
+    assert torch.equal(single.x, plain) == all(followed)
+    assert followed and single.log_weights.normalised.flatten().tolist() == [1, 1, 1]
+
+
+def test_what_is_tried():
+    assert RESAMPLED | set(FOUND) <= set(METHODS)
 
 
 @pytest.mark.parametrize("resampler", FREE)
@@ -96,16 +111,15 @@ def test_equal_weights_are_plain_sampling_bit_for_bit(case, resampler):
 # -- groups -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("resampler", ["systematic", "multinomial", "residual", "ssp"])
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("name", METHODS)
-def test_a_prompt_does_not_depend_on_the_others(name, resampler):
-    particles = METHODS[name](4, resampler=resampler, ess_threshold=0.9)
+def test_a_prompt_does_not_depend_on_the_others(name, settings):
+    particles = METHODS[name](4, ess_threshold=0.9, **settings)
     guider = CFG(guidance_scale=4.0)
     whole = final(particles, labels(0, 1, 0, repeat=4), range(12), guider=guider)
-    assert bool((particles.stats()["ancestors"] != torch.arange(4)).any())  # somebody was resampled
-    alone = final(
-        METHODS[name](4, resampler=resampler, ess_threshold=0.9), labels(1, repeat=4), range(4, 8), guider=guider
-    )
+    if name in RESAMPLED:
+        assert bool((particles.stats()["ancestors"] != torch.arange(4)).any())
+    alone = final(METHODS[name](4, ess_threshold=0.9, **settings), labels(1, repeat=4), range(4, 8), guider=guider)
     torch.testing.assert_close(alone.x, whole.x[4:8], rtol=0, atol=1e-10)
     torch.testing.assert_close(alone.log_weights.values, whole.log_weights.values[1:2], rtol=0, atol=1e-10)
     torch.testing.assert_close(alone.log_weights.log_z, whole.log_weights.log_z[1:2], rtol=0, atol=1e-10)
@@ -118,6 +132,25 @@ def test_without_resampling_particles_can_be_permuted():
     two = final(FKC(4, ess_threshold=0), labels(0, repeat=4), order.tolist(), guider=guider)
     torch.testing.assert_close(two.x, one.x[order], rtol=0, atol=1e-12)
     torch.testing.assert_close(two.log_weights.values, one.log_weights.values[:, order], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_particles_can_be_re_indexed_along_the_run(name):
+    """What a method remembers of a particle goes with it."""
+    order = torch.tensor([2, 0, 3, 1, 5, 4, 7, 6])
+
+    def moved(state):
+        return state.gather(order) if state.i == 5 else state
+
+    def ends(callback):
+        particles = METHODS[name](4)
+        particles.ess_threshold = 0  # nobody is moved but by the test
+        return final(particles, labels(0, 1, repeat=4), range(8), guider=CFG(guidance_scale=4.0), callback=callback)
+
+    one, two = ends(None), ends(moved)
+    torch.testing.assert_close(two.x, one.x[order], rtol=0, atol=1e-12)
+    expected = one.log_weights.values.flatten()[order].view(2, 4)
+    torch.testing.assert_close(two.log_weights.values, expected, rtol=0, atol=1e-12)
 
 
 def test_copies_separate_where_noise_is_injected():
@@ -133,11 +166,13 @@ def test_copies_separate_where_noise_is_injected():
     assert state.log_weights.distinct_roots.item() < 8 and len(state.x.unique()) == 8
 
 
-def test_a_run_can_be_repeated():
-    particles = FKC(4, ess_threshold=1.0)
+@pytest.mark.parametrize("name", METHODS)
+def test_a_run_can_be_repeated(name):
+    particles = METHODS[name](4, ess_threshold=1.0)
     guider = CFG(guidance_scale=4.0)
     one, two = (final(particles, labels(0, 1, repeat=4), range(8), guider=guider) for _ in range(2))
-    assert torch.equal(one.x, two.x) and len(particles.stats()["t"]) == 12
+    assert torch.equal(one.x, two.x) and torch.equal(one.log_weights.values, two.log_weights.values)
+    assert {len(rows) for rows in particles.stats().values()} == {12}
 
 
 # -- settings ---------------------------------------------------------------------------------------------------------
@@ -172,6 +207,47 @@ def test_neither_the_first_nor_the_last_evaluation_resamples():
     guided(particles)
     moved = (particles.stats()["ancestors"] != torch.arange(64)).flatten(1).any(1)
     assert not moved[0] and not moved[-1] and moved[1:-1].sum() > 3
+
+
+class AtTheEnd(FeynmanKac):
+    """Weighs once: what is larger than 0 there lives."""
+
+    def weighs_at(self):
+        return [self.last]
+
+    def weigh(self, state, memory):
+        where = self.grouped(state.x[:, 0])
+        self.note(where=where)
+        return state, torch.zeros_like(where).where(where > 0, -math.inf), memory
+
+
+def test_a_method_that_weighs_once_is_not_undone_by_settings():
+    settings = dict(increment_clip=0.1, ess_threshold=1.0, stop=0.95, weights_outside="drop")
+    particles = AtTheEnd(8, **settings, annealing=EntropicAnnealing())
+    state = final(particles, labels(0, repeat=8), range(8))
+    where = particles.stats()["where"]
+    assert bool(where[:-1].isnan().all()) and where.shape == (12, 1, 8)
+    alive = where[-1] > 0
+    assert 0 < alive.sum() < 8 and torch.equal(state.log_weights.normalised, alive.double() / alive.sum())
+    refused(
+        r"weights_outside='drop' with start=0.0, stop=0.6: AtTheEnd weighs at t=\[0.0833\], never in that window",
+        AtTheEnd(4, stop=0.6, weights_outside="drop"),
+        labels(0, repeat=4),
+    )
+
+
+def test_methods_note_what_they_weigh_by():
+    steering = FKSteering(4, reward=reward, reward_scale=2.0, reward_interval=4)
+    final(steering, labels(0, 1, repeat=4), range(8))
+    rewards = steering.stats()["reward"]
+    assert rewards.shape == (12, 2, 4)
+    assert [i for i in range(12) if bool(rewards[i].isfinite().all())] == [4, 8, 11]
+    x, corrected = [], FKC(4, reward=reward, reward_schedule=lambda kappa: 3.0, ess_threshold=0)
+    final(corrected, labels(0, 1, repeat=4), range(8), callback=lambda state: (x.append(state.x), state)[1])
+    tilt = corrected.stats()["tilt"]  # of the sample that the step before ended at; at pure noise there is none
+    assert bool(tilt[0].isnan().all())
+    torch.testing.assert_close(tilt[1:].flatten(1), 3 * torch.stack(x[:-1])[..., 0], rtol=0, atol=1e-12)
+    assert "tilt" not in FKC(4).stats()
 
 
 def test_clipping_keeps_the_mean_and_says_how_often():
