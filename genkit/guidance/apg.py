@@ -104,8 +104,8 @@ class APG(Guider):
             state = self._advance(push, cond.t, state)
             push = state.after
         dims = self._axes(push)
-        norm, length = inner(push, push, dims).sqrt(), inner(reference, reference, dims)
-        along = inner(push, reference, dims) / length.where(length > 0, 1)
+        norm, length = dot(push, push, dims).sqrt(), dot(reference, reference, dims)
+        along = dot(push, reference, dims) / length.where(length > 0, 1)
         cap = (self.norm_threshold / norm).clamp(max=1) if self.norm_threshold else torch.ones_like(norm)
         cosine = along * length.sqrt() / norm.where(norm > 0, 1)
         self.note(norm=_per_sample(norm), cosine=_per_sample(cosine), capped=_per_sample((cap < 1).to(cap.dtype)))
@@ -145,7 +145,7 @@ class APG(Guider):
         return tuple(d for d in range(1, x.ndim) if d not in frames)
 
 
-def inner(x: Tensor, y: Tensor, dims: Sequence[int]) -> Tensor:
+def dot(x: Tensor, y: Tensor, dims: Sequence[int]) -> Tensor:
     """``<x, y>`` over ``dims``, which stay as axes of size 1; in float64 beyond 256 terms, fast."""
     kept = [d for d in range(x.ndim) if d not in {a % x.ndim for a in dims}]
     shape = [n if d in kept else 1 for d, n in enumerate(x.shape)]

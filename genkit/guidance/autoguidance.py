@@ -10,7 +10,7 @@ from genkit.denoisers.base import Denoiser
 from genkit.denoisers.network import NetworkDenoiser, adapter_of, unwrap
 from genkit.guidance.base import Guider, check_range
 from genkit.guidance.captured import CapturedDenoiser
-from genkit.guidance.inner import inner_rule
+from genkit.guidance.rule import inner_rule
 from genkit.interpolants import Interpolant
 
 # What two networks must share so that one can be called with the other's arguments.
@@ -72,23 +72,18 @@ class Autoguidance(Guider):
         super().__init__(start=start, stop=stop, enabled=enabled, scheduler_config=scheduler_config)
         self.guidance_scale = guidance_scale
         self.rule = rule
-        self.inner = inner_rule(rule, 1.0)  # at scale 1: the conditional prediction
-        self.needs_uncond = self.inner.needs_uncond and not self.inner.neutral
-        self.moves_sample = self.inner.moves_sample
+        self.hold(inner_rule(rule, 1.0))  # at scale 1: the conditional prediction
 
     @property
     def neutral(self) -> bool:
         return self.guidance_scale == 1 and self.inner.neutral
 
-    def check(self, shape, condition=None):
-        super().check(shape, condition)
-        self.inner.check(shape, condition)
-
     def check_network(self, network, interpolant, prediction_type, shape, condition=None):
-        self.inner.check_network(network, interpolant, prediction_type, shape, condition)
+        super().check_network(network, interpolant, prediction_type, shape, condition)
         check_weak(self.given("weak"), network, interpolant, prediction_type)
 
     def guide(self, point, state):
+        state = self.begun(point, state)
         if not self.active(point.t):
             return super().guide(point, state)
         guided, state = self.inner.guide(point, state)

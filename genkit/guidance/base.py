@@ -43,6 +43,7 @@ class Guider(ModularProtocol):
 
     Attributes:
         takes: what :meth:`using` accepts, with a word on each; ``needs`` names those that a run cannot do without.
+        inner: the combination rule of a guider that does something before or after one; see :meth:`hold`.
         needs_uncond: whether the rule asks for the unconditional branch.
         moves_sample: whether the rule answers with a moved point (:attr:`Guided.z`). The sample is then moved before
             the scheduler's step, so schedulers that remember earlier samples are refused.
@@ -62,6 +63,7 @@ class Guider(ModularProtocol):
     takes: Mapping[str, str] = {}
     needs: tuple[str, ...] = ()
     needs_uncond = True
+    inner: Any = None  # a guider, where hold has been called
 
     def __init__(
         self,
@@ -106,14 +108,19 @@ class Guider(ModularProtocol):
             if name not in self.takes:
                 raise ValueError(unknown(f"{type(self).__name__}.using: name", name, self.takes))
         copy = self.new()
-        copy._given |= given
+        copy._receive(given)
         return copy
 
     def new(self, **overrides):
         """A copy with other settings, and with all that :meth:`using` gave."""
         copy = super().new(**overrides)
-        copy._given = dict(self._given)
+        copy._receive(self._given)
         return copy
+
+    def _receive(self, given: Mapping[str, Any]) -> None:
+        self._given |= given
+        if self.inner is not None:
+            self.inner._receive({name: value for name, value in given.items() if name in self.inner.takes})
 
     def given(self, name: str) -> Any:
         """What :meth:`using` gave under ``name``; ``None`` if nothing."""
@@ -135,6 +142,8 @@ class Guider(ModularProtocol):
             )
         if self.needs_uncond and self._switched_on and not self.neutral and condition is not None:
             condition.null()
+        if self._uses_inner:
+            self.inner.check(shape, condition)
 
     def check_network(
         self,
@@ -147,27 +156,54 @@ class Guider(ModularProtocol):
         """Refuse a network (its path, what it predicts) that the rule cannot work with on samples of ``shape``.
 
         Called after :meth:`check`, before the network's first call. Nothing by default; rules that bring models of
-        their own (a weaker network, a classifier) override it.
+        their own (a weaker network, a classifier) override and extend it.
         """
+        if self._uses_inner:
+            self.inner.check_network(network, interpolant, prediction_type, shape, condition)
+
+    # -- a rule inside --------------------------------------------------------------------------------------------
+
+    def hold(self, rule: "Guider") -> None:
+        """Make ``rule`` the :attr:`inner` rule, to be asked by ``self.inner.guide``; for constructors.
+
+        This guider then takes and needs what the rule does, checks it, and has its diagnostics beside its own.
+        """
+        self.inner = rule
+        self.takes = {**rule.takes, **self.takes}
+        self.needs = (*self.needs, *(name for name in rule.needs if name not in self.needs))
+        self.needs_uncond = rule.needs_uncond and not rule.neutral
+        self.moves_sample = self.moves_sample or rule.moves_sample
+
+    @property
+    def _uses_inner(self) -> bool:
+        return self.inner is not None and self._switched_on and not self.neutral
 
     # -- diagnostics ----------------------------------------------------------------------------------------------
 
     def start_run(self) -> None:
         """Forget the diagnostics of the last run; called by whoever drives the guider."""
         self._records: list[dict[str, Any]] = []
-        self._notes: dict[str, Any] = {}
+        self._forget_notes()
 
     def note(self, **values: Any) -> None:
         """Keep diagnostics of this evaluation for :meth:`stats`: numbers, or tensors with one number a sample."""
         self._notes |= values
 
+    def _forget_notes(self) -> None:
+        self._notes: dict[str, Any] = {}
+        if self.inner is not None:
+            self.inner._forget_notes()
+
+    def _all_notes(self) -> dict[str, Any]:
+        return self._notes if self.inner is None else {**self.inner._all_notes(), **self._notes}
+
     def evaluate(self, point: Point, state: Any, *, made: int = 0) -> tuple[Guided, Any]:
         """:meth:`guide`, recorded for :meth:`stats`; ``made`` network calls have been made for this point already."""
         before = point.denoiser.calls
-        self._notes = {}
+        self._forget_notes()
         guided, state = self.guide(point, state)
         calls = made + point.denoiser.calls - before
-        self._records.append({"t": point.t, "network_calls": calls, **self._notes})
+        self._records.append({"t": point.t, "network_calls": calls, **self._all_notes()})
         return guided, state
 
     def stats(self) -> dict[str, Tensor]:
@@ -197,6 +233,17 @@ class Guider(ModularProtocol):
         if not (self._switched_on and self._enabled) or self.neutral:
             return False
         return within(t, self.start, self.stop)
+
+    def initial(self, index: Tensor) -> Any:
+        """The state before the first evaluation of the samples ``index`` ``(B,)`` of the batch that was begun with.
+
+        A rule that is given something per sample remembers it (:class:`genkit.guidance.rows.Rows`).
+        """
+        return None if self.inner is None else self.inner.initial(index)
+
+    def begun(self, point: Point, state: Any) -> Any:
+        """``state``, or :meth:`initial` at the start of a run: what :meth:`guide` asks first, in its window or not."""
+        return self.initial(torch.arange(len(point.z), device=point.z.device)) if state is None else state
 
     def guide(self, point: Point, state: Any) -> tuple[Guided, Any]:
         """The rule: what to follow at ``point``, and the state for the next evaluation.

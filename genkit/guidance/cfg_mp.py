@@ -8,9 +8,9 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
 from genkit.denoisers.base import Condition, Prediction
-from genkit.guidance.apg import inner
+from genkit.guidance.apg import dot
 from genkit.guidance.base import Guider, Point, check_range, within
-from genkit.guidance.inner import inner_rule
+from genkit.guidance.rule import inner_rule
 from genkit.interpolants import Interpolant, Linear, expand
 
 
@@ -91,7 +91,8 @@ class CFGMP(Guider):
         check_range("projection_stop", projection_stop, projection_start, 1)
         check_range("reversed_stop", reversed_stop, 0, 1)
         super().__init__(start=start, stop=stop, enabled=enabled, scheduler_config=scheduler_config)
-        self.inner = inner_rule(rule, guidance_scale)
+        self.hold(inner_rule(rule, guidance_scale))
+        self.needs_uncond |= iterations > 0
         self.guidance_scale = guidance_scale
         self.rule = rule
         self.iterations = iterations
@@ -108,14 +109,8 @@ class CFGMP(Guider):
     def neutral(self) -> bool:
         return self.iterations == 0 and self.inner.neutral
 
-    def check(self, shape, condition=None):
-        super().check(shape, condition)
-        self.inner.check(shape, condition)
-
-    def check_network(self, network, interpolant, prediction_type, shape, condition=None):
-        self.inner.check_network(network, interpolant, prediction_type, shape, condition)
-
     def guide(self, point, state):
+        state = self.begun(point, state)
         if not self.active(point.t):
             return super().guide(point, state)
         tau = _linear_time(point.denoiser.interpolant, point.t)
@@ -252,13 +247,13 @@ def anderson_step(
     if len(past) > 1:
         columns = [f - f_j for _, f_j in past[:-1]]
         axes = tuple(range(1, f.ndim))
-        pairs = [[inner(a, b, axes).flatten() for b in columns] for a in columns]
+        pairs = [[dot(a, b, axes).flatten() for b in columns] for a in columns]
         gram = torch.stack([torch.stack(row, -1) for row in pairs], -2)
-        right = torch.stack([inner(column, f, axes).flatten() for column in columns], -1)
+        right = torch.stack([dot(column, f, axes).flatten() for column in columns], -1)
         diagonal = gram.diagonal(dim1=-2, dim2=-1)
         weight = diagonal.mean(-1) if relative_ridge else torch.ones_like(diagonal[:, 0])
         gram = gram + torch.diag_embed((ridge**2 * weight)[:, None].expand_as(diagonal))
-        rounding = inner(z, z, axes).flatten() * (4 * torch.finfo(z.dtype).eps) ** 2 + 1e-15 * diagonal.sum(-1)
+        rounding = dot(z, z, axes).flatten() * (4 * torch.finfo(z.dtype).eps) ** 2 + 1e-15 * diagonal.sum(-1)
         # On the CPU: m x m numbers a sample, which GPUs take longer to factor than to send.
         inverse = torch.linalg.pinv(gram.cpu(), atol=rounding.cpu(), hermitian=True)
         gamma = (inverse @ right.cpu()[..., None])[..., 0].to(f)

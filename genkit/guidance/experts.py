@@ -7,6 +7,7 @@ from diffusers.configuration_utils import register_to_config
 
 from genkit.denoisers.base import Condition, Denoiser
 from genkit.guidance.base import Guided, Guider
+from genkit.guidance.rows import Rows
 
 OWN = ("cond", "uncond")
 
@@ -102,9 +103,16 @@ class Experts(Guider):
                     f"run's {type(interpolant).__name__}: experts must share the noise levels"
                 )
 
+    def initial(self, index):
+        return Rows(index)
+
     def guide(self, point, state):
+        rows = self.begun(point, state)
         exponents = self.active_exponents if self.active(point.t) else {"cond": 1.0}
-        experts = self.experts
+        experts = {
+            name: (denoiser, None if condition is None else condition.index(rows.index))
+            for name, (denoiser, condition) in self.experts.items()
+        }
         # What the run's own network is asked goes through it in one batch.
         own = {"cond": point.condition, "uncond": None}
         own |= {name: condition for name, (denoiser, condition) in experts.items() if denoiser is None}
@@ -120,8 +128,8 @@ class Experts(Guider):
         parts = {name: parts[name] for name in exponents}
         first, *others = parts
         if not others:
-            return Guided(parts[first], parts), state
+            return Guided(parts[first], parts), rows
         base, total = parts[first], sum(exponents.values())
         raw = base.raw.to(torch.promote_types(base.raw.dtype, torch.float32))
         update = sum(exponents[name] / total * (parts[name].as_type(base.prediction_type) - raw) for name in others)
-        return Guided(base.with_raw((raw + update).to(base.raw.dtype)), parts), state
+        return Guided(base.with_raw((raw + update).to(base.raw.dtype)), parts), rows

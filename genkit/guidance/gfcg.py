@@ -186,7 +186,11 @@ class GFCG(Guider):
 
     # -- the rule -------------------------------------------------------------------------------------------------
 
+    def initial(self, index: Tensor) -> Classified:
+        return Classified(index)
+
     def guide(self, point: Point, state: Any) -> tuple[Guided, Any]:
+        state = self.begun(point, state)
         if not self.active(point.t):
             return super().guide(point, state)
         add = self.mode == "cfg_add" and self.guidance_scale != 1
@@ -194,7 +198,7 @@ class GFCG(Guider):
         predictions = point.denoiser.many(point.z, point.t, conditions, timestep=point.timestep)
         parts = dict(zip(("cond", "uncond"), predictions, strict=False))
         cond = parts["cond"]
-        state = self._classified(cond, point.t, state or Classified(torch.arange(len(point.z), device=point.z.device)))
+        state = self._classified(cond, point.t, state)
         chosen, scale, null = self._choice(point, state)
         raw = cond.raw
         if add:

@@ -10,7 +10,8 @@ from torch import Tensor
 from genkit.denoisers.base import Prediction
 from genkit.denoisers.flux import pack
 from genkit.guidance.base import Guider, check_range, within
-from genkit.guidance.inner import Rows, inner_rule
+from genkit.guidance.rows import Rows, check_rows, rows_like, rows_of
+from genkit.guidance.rule import inner_rule
 from genkit.interpolants import Interpolant, Linear, VarianceExploding
 
 _NO_NOISE = 1e-6  # below, the prediction that returns the reference divides by nothing, and its weight is nothing
@@ -91,15 +92,13 @@ class HTransform(Guider):
         check_range("reference_start", reference_start, 0, 1)
         check_range("reference_stop", reference_stop, reference_start, 1)
         super().__init__(start=start, stop=stop, enabled=enabled, scheduler_config=scheduler_config)
-        self.inner = inner_rule(rule, guidance_scale)
+        self.hold(inner_rule(rule, guidance_scale))
         self.exponent = exponent
         self.guidance_scale = guidance_scale
         self.rule = rule
         self.reference_start, self.reference_stop = reference_start, reference_stop
         self.legacy_cogvideox = legacy_cogvideox
         self._exponents = given
-        self.needs_uncond = self.inner.needs_uncond and not self.inner.neutral
-        self.moves_sample = self.inner.moves_sample
 
     @property
     def neutral(self) -> bool:
@@ -109,35 +108,18 @@ class HTransform(Guider):
 
     def check(self, shape, condition=None):
         super().check(shape, condition)
-        self.inner.check(shape, condition)
-        self._check_reference(tuple(shape))
+        check_rows("reference", self.given("reference"), shape)
         self._check_masks(shape[0])
         for a in self._exponents or [5.0]:
             for sigma in (0.0, 0.5, 1.0):
                 self._weight(sigma, a)
 
     def check_network(self, network, interpolant, prediction_type, shape, condition=None):
-        self.inner.check_network(network, interpolant, prediction_type, shape, condition)
+        super().check_network(network, interpolant, prediction_type, shape, condition)
         if self.legacy_cogvideox and prediction_type != "v_prediction":
             raise ValueError(
                 f"legacy_cogvideox=True is a formula for v_prediction, and the model's is {prediction_type}"
             )
-
-    def _check_reference(self, shape: tuple[int, ...]) -> None:
-        y = self.given("reference")
-        if not isinstance(y, Tensor) or not y.is_floating_point():
-            got = y.dtype if isinstance(y, Tensor) else type(y).__name__
-            raise ValueError(f"reference={got}: accepted is {self.takes['reference']}, of floating point")
-        given = tuple(y.shape)
-        if len(shape) == 3 and len(given) == 4:  # packed by the pipeline
-            fits = (4 * given[1], given[2] // 2 * (given[3] // 2)) == (shape[2], shape[1]) and not given[2] % 2
-            wanted = f"unpacked latents of {shape[2] // 4} channels, an even size and {shape[1]} patches"
-        else:
-            fits, wanted = given[1:] == shape[1:], f"(1 or {shape[0]}, {', '.join(map(str, shape[1:]))})"
-        if not fits or given[0] not in (1, shape[0]):
-            raise ValueError(f"reference has shape {given}, the samples {shape}: accepted is {wanted}")
-        if not y.isfinite().all():
-            raise ValueError("reference has values that are not finite")
 
     def _check_masks(self, batch: int) -> None:
         masks, regions = self._masks(), max(1, len(self._exponents))
@@ -162,17 +144,20 @@ class HTransform(Guider):
 
     # -- the rule -------------------------------------------------------------------------------------------------
 
+    def initial(self, index):
+        return Rows(index, super().initial(index))
+
     def guide(self, point, state):
-        rows = state or Rows(torch.arange(len(point.z), device=point.z.device), None)
+        rows = self.begun(point, state)
         if not self.active(point.t):
             return super().guide(point, rows)
         path, sigma = point.denoiser.interpolant, float(point.denoiser.interpolant.sigma(point.t))
         follows = sigma >= _NO_NOISE and within(point.t, self.reference_start, self.reference_stop)
         weights = self._weights(path, sigma, point.z.ndim) if follows else []
-        guided, inner = self.inner.guide(point, rows.inner)
+        guided, inner_state = self.inner.guide(point, rows.inner_state)
         if weights:
             guided = replace(guided, prediction=self._mixed(guided.prediction, weights, rows.index))
-        return guided, Rows(rows.index, inner)
+        return guided, Rows(rows.index, inner_state)
 
     def _weights(self, path: Interpolant, sigma: float, axes: int) -> list[float]:
         """``lambda`` of each region, noted."""
@@ -197,7 +182,7 @@ class HTransform(Guider):
         """``raw + lambda (raw_y - raw)``; ``raw_y`` is linear in ``z`` and ``y``."""
         wide = torch.promote_types(prediction.raw.dtype, torch.float32)
         z, raw = prediction.z.to(wide), prediction.raw.to(wide)
-        y = self._like(self.given("reference"), index, z)
+        y = rows_like(self.given("reference"), index, z)
         of_z, of_y = _coefficients(prediction, self.legacy_cogvideox)
         returning = (of_z * z).add_(y, alpha=of_y)
         if of_y and not self.legacy_cogvideox:  # raw = of_z z + of_y D
@@ -205,17 +190,12 @@ class HTransform(Guider):
             self.note(distance=gap / (abs(of_y) * raw[0].numel() ** 0.5))
         if len(weights) == 1:
             return prediction.with_raw(torch.lerp(raw, returning, weights[0]).to(prediction.raw.dtype))
-        masks = [_rows(mask, index) for mask in self._masks()]
+        masks = [rows_of(mask, index) for mask in self._masks()]
         weight = sum(a * mask.to(z) for a, mask in zip(weights, masks, strict=True))
         assert isinstance(weight, Tensor)
         if weight.ndim == 4 and z.ndim == 3:
             weight = pack(weight.expand(-1, *self.given("reference").shape[1:]))
         return prediction.with_raw(torch.lerp(raw, returning, weight).to(prediction.raw.dtype))
-
-    def _like(self, y: Tensor, index: Tensor, z: Tensor) -> Tensor:
-        """The rows of ``y`` that belong to the samples, as ``z`` is."""
-        y = _rows(y, index).to(z)
-        return pack(y) if y.ndim == 4 and z.ndim == 3 else y
 
     def _masks(self) -> list[Tensor]:
         """One a region, none if there is one region."""
@@ -240,7 +220,3 @@ def _coefficients(prediction: Prediction, legacy_cogvideox: bool) -> tuple[float
         float(path.convert(zero, "sample", kind, one, t)),
         float(path.convert(one, "sample", kind, zero, t)),
     )
-
-
-def _rows(value: Tensor, index: Tensor) -> Tensor:
-    return value if len(value) == 1 else value[index.to(value.device)]

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from genkit.denoisers.base import Condition, Denoiser
 from genkit.denoisers.network import unwrap
 from genkit.guidance.base import Guided, Guider, Point, check_range
-from genkit.guidance.inner import Rows, inner_rule
 from genkit.guidance.readout_targets import (
     AppearanceTarget,
     CorrespondenceTarget,
@@ -20,6 +19,8 @@ from genkit.guidance.readout_targets import (
     SpatialTarget,
     Target,
 )
+from genkit.guidance.rows import Rows
+from genkit.guidance.rule import inner_rule
 from genkit.interpolants import expand
 from genkit.networks.readout_head import Captured, capture
 from genkit.registry import unknown
@@ -100,7 +101,7 @@ class Readout(Guider):
         if branches not in BRANCHES:
             raise ValueError(unknown("branches", branches, BRANCHES))
         super().__init__(start=start, stop=stop, enabled=enabled, scheduler_config=scheduler_config)
-        self.inner = inner_rule(rule, guidance_scale)
+        self.hold(inner_rule(rule, guidance_scale))
         self.guidance_scale = guidance_scale
         self.rule = rule
         self.step_size = step_size
@@ -109,7 +110,7 @@ class Readout(Guider):
         self.branches = branches
         self.readout_start, self.readout_stop = readout_start, readout_stop
         self.gradient_checkpointing = gradient_checkpointing
-        self.needs_uncond = branches == "both"
+        self.needs_uncond |= branches == "both"
 
     @property
     def neutral(self) -> bool:
@@ -117,7 +118,6 @@ class Readout(Guider):
 
     def check(self, shape: tuple[int, ...], condition: Condition | None = None) -> None:
         super().check(shape, condition)
-        self.inner.check(shape, condition)
         targets = self.given("targets")
         if not isinstance(targets, Mapping) or not targets:
             got = targets if targets == {} else type(targets).__name__
@@ -129,15 +129,18 @@ class Readout(Guider):
         if torch.is_inference_mode_enabled():
             raise ValueError("Readout needs gradients, which torch.inference_mode forbids; use torch.no_grad")
 
+    def initial(self, index: Tensor) -> Rows:
+        return Rows(index, super().initial(index))
+
     def guide(self, point: Point, state: Any) -> tuple[Guided, Any]:
+        rows = self.begun(point, state)
         if not self.active(point.t):
-            return super().guide(point, state)
-        state = state or Rows(torch.arange(len(point.z), device=point.z.device), None)
-        moved = self._moved(point, state.index) if self._reads(point.t) else None
+            return super().guide(point, rows)
+        moved = self._moved(point, rows.index) if self._reads(point.t) else None
         here = point if moved is None else replace(point, z=moved)
-        guided, inner = self.inner.guide(here, state.inner)
+        guided, inner_state = self.inner.guide(here, rows.inner_state)
         z = moved if guided.z is None else guided.z
-        return replace(guided, z=z), Rows(state.index, inner)
+        return replace(guided, z=z), Rows(rows.index, inner_state)
 
     def _reads(self, t: Tensor) -> bool:
         progress, slack = 1 - float(t), 1e-6  # times in float32 and float64 fall on the same side of an edge

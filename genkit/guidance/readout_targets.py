@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from genkit.denoisers.flux import pack
+from genkit.guidance.rows import check_rows, rows_like, rows_of
 from genkit.networks.readout_head import ReadoutHead
 from genkit.rng import hash_seed
 
@@ -165,7 +165,7 @@ class SpatialTarget(Target):
         return self.control
 
     def loss(self, readout, reference, index, span):
-        control = _take(self.control, index).to(readout)
+        control = rows_of(self.control, index).to(readout)
         low, high = self.control_range
         return spatial_loss(readout, resized(control, readout.shape[-2:]), span / (high - low))
 
@@ -194,23 +194,19 @@ class ReferenceTarget(Target):
             generator = torch.Generator().manual_seed(hash_seed(0x72656164))  # not one that latents are drawn with
             noise = torch.randn(self.reference.shape[1:], generator=generator)[None]
         t = torch.as_tensor(t, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
-        clean, noise = (_take(x.to(like), index) for x in (self.reference, noise))
-        z = interpolant.interpolate(clean, noise, t.expand(len(like))).to(like.dtype)
-        return pack(z) if like.ndim == 3 and z.ndim == 4 else z
+        clean, noise = (rows_like(x, index, like) for x in (self.reference, noise))
+        return interpolant.interpolate(clean, noise, t.expand(len(like))).to(like.dtype)
 
     def _check(self, name, shape):
         for field, value in (("reference", self.reference), ("noise", self.noise)):
             if value is None:
                 continue
-            given = tuple(value.shape)
-            if len(shape) == 3:  # packed by the pipeline
-                fits = len(given) == 4 and (4 * given[1], given[2] // 2 * (given[3] // 2)) == (shape[2], shape[1])
-                wanted = f"unpacked latents of {shape[1]} patches and {shape[2] // 4} channels"
-            else:
-                fits, wanted = given[1:] == shape[1:], f"(1 or B, {', '.join(map(str, shape[1:]))})"
-            if not fits:
-                raise ValueError(f"targets[{name!r}].{field} has shape {given}; accepted is {wanted}")
-            self._rows(name, field, value, shape)
+            check_rows(f"targets[{name!r}].{field}", value, shape)
+            if len(shape) == 3 and value.ndim != 4:  # tokens have no height and width, which the head's grid needs
+                raise ValueError(
+                    f"targets[{name!r}].{field} has shape {tuple(value.shape)}: accepted are unpacked latents "
+                    "(1 or B, C, H, W)"
+                )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -278,12 +274,7 @@ class CorrespondenceTarget(ReferenceTarget):
         return self.points[None] if self.points.ndim == 3 else self.points
 
     def loss(self, readout, reference, index, span):
-        return correspondence_loss(readout, reference, _take(self._pairs(), index).to(readout.device))
-
-
-def _take(value: Tensor, index: Tensor) -> Tensor:
-    """The rows of ``value`` that belong to the samples ``index``."""
-    return value.expand(len(index), *value.shape[1:]) if len(value) == 1 else value[index.to(value.device)]
+        return correspondence_loss(readout, reference, rows_of(self._pairs(), index).to(readout.device))
 
 
 def _cut(features: Tensor, box: Box | None, size) -> Tensor:

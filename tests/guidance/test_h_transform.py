@@ -481,7 +481,7 @@ def test_bad_input_is_refused_before_the_first_call(case, way, tiny_pipeline, ru
     given, exponent, message = BAD[case]
     guider = HTransform(exponent=exponent).using(**given)
     if way == "flux" and case in ("size", "channels"):
-        message = r"accepted is unpacked latents of 4 channels, an even size and 64 patches"
+        message = r"accepted is \(1 or 1, 4, H, W\) of an even size and 64 patches"
     if way == "loop":
         law = Gaussian(torch.zeros(4, 16, 16), 1.0)
         scheduler = diffusers.FlowMatchEulerDiscreteScheduler()

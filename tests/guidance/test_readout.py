@@ -550,9 +550,13 @@ def test_bad_targets_of_packed_latents(tiny_pipeline):
     guider = made(pipe)
     guider.check((1, 64, 16))
     targets = guider.given("targets")
-    for bad in (dict(reference=torch.zeros(1, 64, 16)), dict(reference=torch.zeros(1, 4, 8, 8))):
-        with pytest.raises(ValueError, match="accepted is unpacked latents of 64 patches and 4 channels"):
-            guider.using(targets={"a": replace(targets["look"], **bad)}).check((1, 64, 16))
+    for bad, message in (
+        (torch.zeros(1, 64, 16), r"accepted are unpacked latents \(1 or B, C, H, W\)"),
+        (torch.zeros(1, 4, 8, 8), r"accepted is \(1 or 1, 4, H, W\) of an even size and 64 patches"),
+        (torch.full((1, 4, 16, 16), torch.nan), r"targets\['a'\]\.reference has values that are not finite"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            guider.using(targets={"a": replace(targets["look"], reference=bad)}).check((1, 64, 16))
     with pytest.raises(ValueError, match="has not the proportions of samples of shape"):
         guider.using(targets={"a": replace(targets["map"], control=torch.zeros(1, 1, 16, 48))}).check((1, 64, 16))
     with pytest.raises(ValueError, match=r"samples of shape \(1, 4, 3, 16, 16\): .* images"):

@@ -1,10 +1,7 @@
-"""The combination rule inside a guider that does something before or after it."""
+"""The combination rule inside a guider that does something before or after it; see ``Guider.hold``."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
-
-from torch import Tensor
 
 from genkit.guidance.base import Guider
 from genkit.registry import lookup
@@ -28,14 +25,3 @@ def inner_rule(rule: Mapping[str, Any] | None, guidance_scale: float) -> Guider:
         return cls(**settings)
     except TypeError as error:
         raise ValueError(f"rule={dict(rule)}: {cls.__name__} does not take these settings: {error}") from None
-
-
-@dataclass
-class Rows:
-    """Which row of what a guider was given each sample is, and the state of the combination rule."""
-
-    index: Tensor
-    inner: Any
-
-    def gather(self, index) -> "Rows":
-        return Rows(self.index[index], None if self.inner is None else self.inner.gather(index))
