@@ -1,11 +1,13 @@
-"""BibTeX of the papers behind a method: those whose arXiv ids its docstring names.
+"""BibTeX of the papers behind a method: those whose arXiv ids its docstrings name.
 
 ``citations.bib`` has the full entries; of a paper that is not in it the id alone makes one.
 """
 
+import pkgutil
 import re
 from importlib import import_module, resources
 from pathlib import Path
+from types import ModuleType
 
 from genkit.registry import unknown
 
@@ -22,17 +24,33 @@ FAMILIES = {
 
 
 def methods() -> dict[str, list[str]]:
-    """``{method: [arXiv ids]}`` for every method of the toolkit, read from its module's and class's docstrings."""
+    """``{method: [arXiv ids]}`` for every method of the toolkit, and for other files of its folder that name a paper.
+
+    The ids are read from the docstrings of the file and of its public classes.
+    """
     from genkit.registry import members
 
     found: dict[str, list[str]] = {}
     for package, where in FAMILIES.items():
-        module, _, name = where.partition(":")
-        for method, cls in members(package, getattr(import_module(module), name)).items():
-            text = " ".join(filter(None, (import_module(cls.__module__).__doc__, cls.__doc__)))
-            found.setdefault(method, [])
-            found[method] += [i for i in re.findall(r"\b\d{4}\.\d{5}\b", text) if i not in found[method]]
+        base, _, name = where.partition(":")
+        family = members(package, getattr(import_module(base), name))
+        for info in pkgutil.iter_modules(import_module(package).__path__):
+            method = info.name
+            if method.startswith("_"):
+                continue
+            ids = _ids(import_module(f"{package}.{method}"))
+            if method in family or ids:
+                found[method] = list(dict.fromkeys((*found.get(method, []), *ids)))
     return found
+
+
+def _ids(module: ModuleType) -> list[str]:
+    own = [
+        value
+        for name, value in vars(module).items()
+        if isinstance(value, type) and value.__module__ == module.__name__ and not name.startswith("_")
+    ]
+    return [i for documented in (module, *own) for i in re.findall(r"\b\d{4}\.\d{5}\b", documented.__doc__ or "")]
 
 
 def entries() -> dict[str, str]:
@@ -77,7 +95,7 @@ def bibtex(target: str) -> str:
     else:
         raise ValueError(unknown("method", target, known))
     ids = list(dict.fromkeys(i for name in names for i in known[name]))
-    heading = f"% {', '.join(names)}"
+    heading = f"% {', '.join(names)}" + ("" if ids else ": no docstring names a paper")
     full = entries()
     return "\n\n".join([heading, *(full.get(i) or _bare(i) for i in ids)]) + "\n"
 

@@ -44,6 +44,20 @@ def test_cite_a_method_and_a_run(tmp_path):
     assert "2505.18825" in text and "2212.09748" in text and "2410.02416" not in text
 
 
+@pytest.mark.parametrize(
+    ("method", "ids"),
+    [("fkc", ["2503.02819"]), ("fk_steering", ["2501.06848", "2510.05825"]), ("entropic", ["2510.05825"])],
+)
+def test_cite_particle_methods(method, ids):
+    """Also what is no method by itself, such as an annealing that methods take."""
+    text = call("cite", method).output
+    assert text.startswith(f"% {method}") and [i for i in ids if i in text] == ids and text.count("@") == len(ids)
+
+
+def test_cite_says_that_there_is_no_paper():
+    assert call("cite", "two_moons").output == "% two_moons: no docstring names a paper\n"
+
+
 def test_a_paper_outside_the_bibliography_is_cited_by_its_id(monkeypatch):
     monkeypatch.setattr(cite, "methods", lambda: {"new": ["2503.18886"]})
     assert "eprint={2503.18886}" in cite.bibtex("new")
