@@ -13,18 +13,18 @@ from genkit.denoisers.function import FunctionDenoiser
 from genkit.guidance import APG, CFG, Guider, Point, load_guider
 from genkit.interpolants import Linear, from_scheduler
 from genkit.sampling import sample
-from tests.ready import GUIDERS, ready
+from tests.ready import ACTS_ALONE, GUIDERS, SCALE, name_of, ready
 
 every_guider = pytest.mark.parametrize("cls", GUIDERS.values(), ids=GUIDERS)
 TIMES = [0.9, 0.6, 0.3]
 
 
-def field(same=False):
-    """A smooth nonlinear velocity whose condition is a shift per sample."""
+def field(same=False, dtype=torch.float64):
+    """A smooth nonlinear velocity whose condition is a shift per sample, by a network of ``dtype``."""
     weight = torch.randn(12, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
     def velocity(x, t, shift):
-        return torch.tanh(x @ weight + t[:, None] + (0 if same else shift))
+        return torch.tanh(x.double() @ weight + t[:, None] + (0 if same else shift)).to(dtype)
 
     return FunctionDenoiser(velocity, Linear(), "flow_prediction")
 
@@ -41,7 +41,7 @@ def walk(guider, denoiser, x, condition):
         t = torch.tensor(t, dtype=torch.float64)
         guided, state = guider.guide(Point(denoiser, x, t, t - 0.3, None, condition), state)
         raws.append(guided.prediction.raw)
-        x = (x if guided.z is None else guided.z) - 0.3 * guided.prediction.velocity
+        x = ((x if guided.z is None else guided.z) - 0.3 * guided.prediction.velocity).to(x.dtype)
     return torch.stack(raws), state
 
 
@@ -74,6 +74,8 @@ def test_scale_one_disabled_and_out_of_window_follow_the_condition_in_one_call(c
 @every_guider
 def test_equal_predictions_are_kept_halfway(cls):
     """At the ends a rule may do something else than combine (zero-init)."""
+    if name_of(cls) in ACTS_ALONE:
+        pytest.skip("does something beside combining the two")
     denoiser, x, cond = field(same=True), noise(), condition()
     point = Point(denoiser, x, torch.tensor(0.5, dtype=torch.float64), None, None, cond)
     guider = make(cls)
@@ -85,10 +87,32 @@ def test_equal_predictions_are_kept_halfway(cls):
 
 
 @every_guider
+def test_the_push_grows_with_the_scale_away_from_the_other_prediction(cls):
+    """So that no rule guides towards what it is to guide away from."""
+    setting = SCALE.get(name_of(cls), "guidance_scale")
+    if setting is None or setting not in cls().config:
+        pytest.skip("has no scale")
+    point = Point(field(), noise(), torch.tensor(0.5, dtype=torch.float64), torch.tensor(0.4), None, condition())
+    lower, higher = (make(cls, **{setting: w}).guide(point, None)[0] for w in (1.1, 1.2))
+    (other,) = (part for name, part in higher.parts.items() if name != "cond")
+    growth = higher.prediction.raw - lower.prediction.raw
+    assert ((growth * (higher.parts["cond"].raw - other.raw)).sum(1) > 0).all()
+
+
+@every_guider
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_followed_has_the_dtype_of_the_network(cls, dtype):
+    guider, x, cond = make(cls), noise().to(dtype), condition()
+    for denoiser in (field(dtype=dtype), field(same=True, dtype=dtype)):
+        raws, _ = walk(guider, denoiser, x, cond)
+        assert raws.dtype == dtype and raws.isfinite().all()
+
+
+@every_guider
 def test_a_sample_does_not_depend_on_its_neighbours(cls):
     x, cond, order = noise(), condition(), torch.tensor([2, 0, 3])
     together, _ = walk(make(cls), field(), x, cond)
-    permuted, _ = walk(make(cls), field(), x[order], cond.index(order))
+    permuted, _ = walk(make(cls, rows=order), field(), x[order], cond.index(order))
     torch.testing.assert_close(permuted, together[:, order], rtol=1e-12, atol=1e-12)
 
 
