@@ -1,11 +1,11 @@
 """What genkit's schedulers share: the path they walk, the times they visit, and the attributes that pipelines touch."""
 
+import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import diffusers
 import torch
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from genkit.interpolants import Interpolant, Linear, VarianceExploding, from_scheduler, scheduler_prediction_type
 from genkit.registry import unknown
+from genkit.schedulers.origin import DYNAMIC_SHIFT, diffusers_scheduler, warn_of_lost_grid
 
 Generators = torch.Generator | list[torch.Generator] | None
 
@@ -38,20 +39,29 @@ class PathScheduler(SchedulerMixin, ConfigMixin):
     Config:
         num_train_timesteps: what times are multiplied by to give native timesteps, where there is no ``path``.
         shift: times are mapped by ``shift t / (1 + (shift - 1) t)``.
-        path: config of the Diffusers scheduler under which the model was trained, with its ``_class_name``, where the
-            path is not the linear one.
+        path: config of the Diffusers scheduler under which the model was trained, with its ``_class_name``; without,
+            the path is the linear one. That of a flow also says whether the shift depends on the image's size (FLUX.1
+            dev) or not (SD3, FLUX.1 schnell), by ``use_dynamic_shifting``.
         timestep_spacing: where ``num_inference_steps`` puts the steps: ``uniform`` is ``t_k = 1 - k/N``; ``linspace``,
-            ``leading`` and ``trailing`` are Diffusers' integer timesteps.
+            ``leading`` and ``trailing`` are the integer timesteps of Diffusers' DDIM, but on the linear path
+            ``linspace`` is what Diffusers' flow-matching schedulers visit. A spacing that was set there is taken over;
+            other grids (``use_karras_sigmas``, ``use_exponential_sigmas``, ``use_beta_sigmas``, ``use_lu_lambdas``,
+            DPM-Solver's meaning of a spacing) are not, which is logged once: pass ``sigmas`` or ``timesteps`` instead.
 
     Attributes:
         interpolant, prediction_type: the path of the network's inputs, and what its raw output is.
         times: time of every evaluation and the final one, float64, after :meth:`set_timesteps`.
         timesteps: the native timesteps of the evaluations, one a network call.
+        remembers_samples: whether what is kept from step to step involves samples, so that guiders that move those are
+            refused; where it is predictions alone, a subclass says ``False``. Nothing kept needs no word.
     """
 
     _compatibles: list[str] = []
+    # The spacing in place of that of Diffusers' flow-matching schedulers, which have no such setting.
+    _flow_spacing = "linspace"
     order = 1
     init_noise_sigma = 1.0
+    remembers_samples = True
 
     def __init__(self):
         config = self.config
@@ -66,6 +76,7 @@ class PathScheduler(SchedulerMixin, ConfigMixin):
         self._begin_index: int | None = None
         self._generator: Generators = None
         self._set(torch.linspace(1, 1 / total, total, dtype=torch.float64), None)
+        self._plan = list(_tensors(vars(self)))
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -95,13 +106,20 @@ class PathScheduler(SchedulerMixin, ConfigMixin):
         Raises:
             ValueError: a scheduler of a family without interpolant.
         """
-        if isinstance(config, Mapping) and config.get("_class_name", cls.__name__) != cls.__name__:
-            # Settings that mean nothing here would be kept, saved, and warned of at every loading.
-            own = {k: v for k, v in config.items() if k in cls._settings() or k == "_use_default_values"}
-            config = own | ({} if "path" in kwargs else cls._foreign(config))
-        elif isinstance(config, Mapping) and "path" not in kwargs:
-            config = {**config, **cls._foreign(config)}
-        return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
+        foreign: dict[str, Any] = {}
+        if isinstance(config, Mapping):
+            if "path" not in kwargs:
+                foreign = cls._foreign(config)
+            if foreign or config.get("_class_name", cls.__name__) != cls.__name__:
+                # Settings that mean nothing here would be kept, saved, and warned of at every loading.
+                config = {k: v for k, v in config.items() if k in cls._settings() or k == "_use_default_values"}
+            # Those of the shift come from the path.
+            config = {k: v for k, v in config.items() if k not in DYNAMIC_SHIFT or k in cls._settings()} | foreign
+        made = super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
+        scheduler = made[0] if return_unused_kwargs else made
+        if foreign and "timestep_spacing" not in kwargs:
+            warn_of_lost_grid(scheduler, isinstance(scheduler.interpolant, Linear))
+        return made
 
     @classmethod
     def _settings(cls) -> set[str]:
@@ -112,21 +130,27 @@ class PathScheduler(SchedulerMixin, ConfigMixin):
         """What the config of somebody else's scheduler means here."""
         if "path" in config:
             return {}
-        name = config.get("_class_name") or ("DDIMScheduler" if "beta_schedule" in config else None)
+        # The config of an instance does not name its class.
+        telling = {"beta_schedule": "DDIMScheduler", "max_image_seq_len": "FlowMatchEulerDiscreteScheduler"}
+        name = config.get("_class_name") or next((v for k, v in telling.items() if k in config), None)
         if name is None or name == cls.__name__:
             return {}
-        original = _diffusers_scheduler(name, config)
-        if isinstance(from_scheduler(original), Linear):
-            return {"shift": config.get("shift", config.get("flow_shift", 1.0)) or 1.0}
+        original = diffusers_scheduler(name, config)
         plain = (bool, int, float, str, list)
-        return {"path": {**{k: v for k, v in config.items() if v is None or isinstance(v, plain)}, "_class_name": name}}
+        path = {k: v for k, v in config.items() if v is None or isinstance(v, plain)} | {"_class_name": name}
+        if not isinstance(from_scheduler(original), Linear):
+            return {"path": path}
+        spacing = cls._flow_spacing if name.startswith("FlowMatch") else "uniform"
+        flow = {"shift": config.get("shift", config.get("flow_shift", 1.0)) or 1.0, "timestep_spacing": spacing}
+        return {"path": path} | {k: v for k, v in flow.items() if k in cls._settings()}
 
     def _path(self) -> tuple[Interpolant, str]:
         path = self.config.path
         if path is None:
             return Linear(self.config.num_train_timesteps), "flow_prediction"
-        original = _diffusers_scheduler(path.get("_class_name"), path)
+        original = diffusers_scheduler(path.get("_class_name"), path)
         interpolant = from_scheduler(original)
+        self.register_to_config(**{k: original.config[k] for k in DYNAMIC_SHIFT if k in original.config})
         if isinstance(interpolant, VarianceExploding):
             raise ValueError(
                 f"path['_class_name']={path['_class_name']!r} scales the network's input and output itself; accepted "
@@ -151,7 +175,9 @@ class PathScheduler(SchedulerMixin, ConfigMixin):
             sigmas: decreasing; on the linear path times in (0, 1], shifted like the former (Flux gives them); on others
                 Diffusers' noise levels ``sigma / alpha``. A final 0 may be left out.
             timesteps: native timesteps, decreasing, taken as they are.
-            mu: logarithm of a shift that replaces the configured one (Flux's dynamic shifting).
+            mu: logarithm of a shift that replaces the configured one (Flux's dynamic shifting; the shift itself under
+                ``time_shift_type="linear"``). Without effect, as in Diffusers, where the ``path`` has
+                ``use_dynamic_shifting=False``: Flux's pipelines always give one.
 
         Raises:
             ValueError: none or several of the three, times that do not decrease within (0, 1], or ``mu`` on a path that
@@ -168,7 +194,9 @@ class PathScheduler(SchedulerMixin, ConfigMixin):
                 f"mu={mu} shifts times of the linear path, and this scheduler walks {type(self.interpolant).__name__}: "
                 "the pipeline's model is a flow; make the scheduler with from_scheduler(pipe.scheduler)"
             )
-        shift = self.config.shift if mu is None else float(torch.tensor(mu).exp())
+        shift = self.config.shift
+        if mu is not None and self.config.get("use_dynamic_shifting", True):
+            shift = mu if (self.config.path or {}).get("time_shift_type") == "linear" else math.exp(mu)
         if timesteps is not None:
             t = self.interpolant.time(torch.as_tensor(timesteps).cpu())
             t = t[:-1] if len(t) and t[-1] == 0 else t
@@ -180,6 +208,7 @@ class PathScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"{chosen[0]} must give strictly decreasing times in (0, 1], got {t.tolist()[:8]}")
         self._set(self._start(t), device)
         self.num_inference_steps = len(t)
+        self._plan = list(_tensors(vars(self)))
 
     def _start(self, t: Tensor) -> Tensor:
         """``t`` as the solver can walk them: one that is not defined at some first times moves or refuses those."""
@@ -194,6 +223,11 @@ class PathScheduler(SchedulerMixin, ConfigMixin):
         total = int(getattr(self.interpolant, "num_train_timesteps", self.config.num_train_timesteps))
         if n > total:
             raise ValueError(f"num_inference_steps={n}: timestep_spacing={spacing!r} has at most {total} timesteps")
+        if spacing == "linspace" and isinstance(self.interpolant, Linear):
+            # Their least time is shifted already, and then once more with the others.
+            dynamic = self.config.get("use_dynamic_shifting", False)
+            end = 1 / total if dynamic else _shifted(1 / total, self.config.shift)
+            return torch.linspace(1, end, n, dtype=torch.float64)
         if spacing == "linspace":
             steps = torch.linspace(0, total - 1, n, dtype=torch.float64).round().flip(0)
         elif spacing == "leading":
@@ -225,6 +259,14 @@ class PathScheduler(SchedulerMixin, ConfigMixin):
         self.timesteps = self.interpolant.timestep(t).to(device)
         self.sigmas = self.times.float()
         self._step_index = self._begin_index = None
+
+    def remembered(self) -> list[str]:
+        """Names of the attributes that hold tensors of this run's steps: any that were not there when times were set."""
+        plan = {id(tensor) for tensor in self._plan}
+        # A pipeline may replace the public ones by copies on its device; the path keeps tables of a device.
+        shared = ("times", "timesteps", "sigmas", "interpolant", "_plan")
+        kept = {k: v for k, v in vars(self).items() if k not in shared}
+        return sorted(k for k, v in kept.items() if any(id(tensor) not in plan for tensor in _tensors(v)))
 
     @property
     def step_index(self) -> int | None:
@@ -284,12 +326,24 @@ class PathScheduler(SchedulerMixin, ConfigMixin):
         return self.config.num_train_timesteps
 
 
-def _shifted(t: Tensor, shift: float) -> Tensor:
+def _shifted(t, shift: float):
     return shift * t / (1 + (shift - 1) * t)
 
 
-def _diffusers_scheduler(name, config: Mapping[str, Any]):
-    cls = getattr(diffusers, str(name), None)
-    if cls is None:
-        raise ValueError(unknown("path['_class_name']", name, [n for n in dir(diffusers) if n.endswith("Scheduler")]))
-    return cls.from_config({k: v for k, v in config.items() if k != "_class_name"})
+def _tensors(value, seen: set[int] | None = None) -> Iterator[Tensor]:
+    """Every tensor with an axis that can be reached from ``value``."""
+    seen = set() if seen is None else seen
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    if isinstance(value, Tensor):
+        if value.ndim:
+            yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors(item, seen)
+    elif isinstance(value, Collection) and not isinstance(value, (str, bytes, range)):
+        for item in value:
+            yield from _tensors(item, seen)
+    elif hasattr(value, "__dict__") and not callable(value):
+        yield from _tensors(vars(value), seen)

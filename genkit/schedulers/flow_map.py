@@ -25,6 +25,8 @@ class FlowMapScheduler(PathScheduler):
     algorithm 1.
     """
 
+    _flow_spacing = "uniform"
+
     @register_to_config
     def __init__(
         self,

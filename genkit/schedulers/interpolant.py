@@ -62,6 +62,8 @@ class InterpolantScheduler(PathScheduler):
     sample: Tensor | None
     prev_derivative: Tensor | None
 
+    _flow_spacing = "uniform"
+
     @register_to_config
     def __init__(
         self,

@@ -90,7 +90,9 @@ def test_a_student_of_a_variance_preserving_teacher(tmp_path):
     t = path.time(torch.tensor([500]))
     assert path.alpha(t).item() ** 2 == pytest.approx(teacher.alphas_cumprod[500].item(), rel=1e-6)
     flow = FlowMapScheduler.from_scheduler(diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), shift=1.0)
-    assert isinstance(from_scheduler(flow), Linear) and flow.config.path is None
+    assert isinstance(from_scheduler(flow), Linear) and scheduler_prediction_type(flow) == "flow_prediction"
+    flow.set_timesteps(2)
+    assert flow.times.tolist() == [1.0, 0.5, 0.0]
 
 
 def test_the_scheduler_of_a_pipeline_can_be_swapped_either_way():
@@ -116,7 +118,8 @@ def test_loading_warns_of_nothing(tmp_path, caplog):
 
     logging.enable_propagation()
     try:
-        for other in (diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), diffusers.DDIMScheduler()):
+        flows = [diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=d) for d in (False, True)]
+        for other in (*flows, diffusers.DDIMScheduler()):
             other.save_pretrained(tmp_path)
             for swap in (FlowMapScheduler.from_scheduler, lambda s: FlowMapScheduler.from_config(s.config)):
                 swap(type(other).from_pretrained(tmp_path)).save_pretrained(tmp_path / "ours")
