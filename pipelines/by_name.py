@@ -9,7 +9,7 @@ import diffusers
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from genkit.guidance.base import Guider
-from genkit.registry import lookup, members, unknown
+from genkit.registry import members, unknown
 from genkit.schedulers.base import PathScheduler
 
 
@@ -44,11 +44,22 @@ def parse_guider(text: str) -> Guider:
     """A guider from ``name`` or ``name:key=value,key=value``, values as Python literals.
 
     Raises:
-        ValueError: an unknown name or setting, or a value that the guider refuses.
+        ValueError: an unknown name or setting, a value that the guider refuses, or a guider that needs what no text can
+            hold.
     """
     name, _, rest = text.partition(":")
-    cls = lookup("genkit.guidance", Guider, name, setting="guider")
-    return cls(**parse_settings(f"guider {name!r}", rest, _arguments(cls, "scheduler_config")))
+    known = members("genkit.guidance", Guider)
+    if name not in known:
+        raise ValueError(unknown("guider", name, [n for n, cls in known.items() if not cls.needs]))
+    settings = parse_settings(f"guider {name!r}", rest, _arguments(known[name], "scheduler_config"))
+    guider = known[name](**settings)
+    if guider.needs:  # its own, or those of the rule inside it
+        need = guider.needs[0]
+        raise ValueError(
+            f"guider={text!r} needs {need!r} ({guider.takes[need]}), which a text cannot give: it can be used from "
+            f"Python only, as {known[name].__name__}(...).using({need}=...)"
+        )
+    return guider
 
 
 def parse_scheduler(text: str, scheduler: Any) -> Any:

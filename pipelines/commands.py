@@ -113,7 +113,7 @@ def sample_to_folder(
     lines = _lines(inputs)
     rule = None if guider is None else parse_guider(guider)
     extra = parse_settings("arguments", arguments)
-    pipe = load_pipeline(pipeline, torch_dtype=DTYPES[dtype])
+    pipe = load_pipeline(pipeline, dtype=DTYPES[dtype])
     if scheduler is not None:
         pipe.register_modules(scheduler=parse_scheduler(scheduler, pipe.scheduler))
     call = inspect.signature(type(pipe).__call__).parameters

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 
 import diffusers
 import numpy
@@ -54,7 +55,9 @@ def call(pipeline, output, **settings):
 
 def test_the_same_whatever_the_batch_size_and_resumes(folder, tmp_path):
     kwargs = dict(labels=["1", "drei"], num_images=3)
-    one = images(call(folder, tmp_path / "a", batch_size=1, **kwargs))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)  # a user could do nothing about it
+        one = images(call(folder, tmp_path / "a", batch_size=1, **kwargs))
     six = images(call(folder, tmp_path / "b", batch_size=6, **kwargs))
     assert list(one) == [f"{c}/{i:06d}.png" for c, rows in ((1, range(3)), (3, range(3, 6))) for i in rows]
     assert len(set(one.values())) == 6 and one == six
@@ -244,6 +247,15 @@ def test_parse_guider():
     assert guider.config.guidance_scale == 4 and guider.config.eta == 0.5
     with pytest.raises(ValueError, match="did you mean 'guidance_scale'"):
         parse_guider("cfg:guidance_scal=4")
+
+
+@pytest.mark.parametrize("text", ["h_transform", "gfcg:strength=2.0", "cfg_mp:rule={'name': 'gfcg'}"])
+def test_a_guider_that_text_cannot_give_what_it_needs(text):
+    with pytest.raises(ValueError, match=r"from Python only, as \w+\(\.\.\.\)\.using\((reference|classifier)=\.\.\.\)"):
+        parse_guider(text)
+    with pytest.raises(ValueError, match="did you mean 'cfg'.*Accepted: ") as found:
+        parse_guider("cfgg")
+    assert "cfg_mp" in str(found.value) and "h_transform" not in str(found.value)
 
 
 def test_parse_scheduler_keeps_the_path(tiny_pipeline):
