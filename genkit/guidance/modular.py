@@ -30,6 +30,7 @@ def attach(pipe, guider: Guider, name: str = "guider") -> Guider:
         raise ValueError(f"{type(pipe).__name__} has no scheduler yet: call pipe.load_components() before attach")
     _check_fit(pipe)
     bound = guider.bind(scheduler)
+    _release(pipe, name)
     put_component(pipe, name, bound)
     return bound
 
@@ -41,7 +42,15 @@ def detach(pipe, name: str = "guider") -> None:
         ValueError: not a modular pipeline, or no such component.
     """
     _check(pipe, name)
+    _release(pipe, name)
     restore_component(pipe, name)
+
+
+def _release(pipe, name: str) -> None:
+    """Take a guider's hook off the network, where a run that was broken off has left it."""
+    guider = getattr(pipe, name, None)
+    if isinstance(guider, Guider):
+        guider.release()
 
 
 def _check(pipe, name: str) -> None:

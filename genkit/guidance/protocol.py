@@ -72,7 +72,7 @@ class ModularProtocol(BaseGuidance):
             self._run.reset()
         self._steps = num_inference_steps
         self._last_step, self._now = step, torch.as_tensor(timestep).flatten()[0].cpu()
-        self._release()
+        self.release()
         self._calls, self._prepared = [], 0
 
     def prepare_inputs(self, data) -> list:
@@ -92,7 +92,7 @@ class ModularProtocol(BaseGuidance):
 
     def prepare_models(self, denoiser: nn.Module) -> None:
         super().prepare_models(denoiser)
-        self._release()
+        self.release()
         self._network = denoiser
         self._prepared += 1
 
@@ -103,7 +103,7 @@ class ModularProtocol(BaseGuidance):
                     self.check(shape)
                     self.check_network(denoiser, *self._path, shape)
                 except ValueError:
-                    self._release()  # the pipeline will not: its network must be left without this hook
+                    self.release()  # the pipeline will not: its network must be left without this hook
                     raise
             del self._calls[self._prepared - 1 :]  # one call a branch; a second one replaces it
             self._calls.append(Call(args, kwargs))
@@ -112,9 +112,10 @@ class ModularProtocol(BaseGuidance):
 
     def cleanup_models(self, denoiser: nn.Module) -> None:
         super().cleanup_models(denoiser)
-        self._release()
+        self.release()
 
-    def _release(self) -> None:
+    def release(self) -> None:
+        """Take the hook off the network: at the end of each call, and of a run that an error or Ctrl-C broke off."""
         if self._handle is not None:
             self._handle.remove()
             self._handle = None

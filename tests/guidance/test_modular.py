@@ -196,6 +196,28 @@ def test_what_attach_refuses(modular_pipeline):
         attach(empty, CFG())
 
 
+@pytest.mark.parametrize("way", ["detach", "attach", "run"])
+def test_a_run_that_was_broken_off_leaves_no_hook(way, modular_pipeline, run_pipeline):
+    _, pipe = modular_pipeline("sd3")
+
+    def breaks(*_):
+        raise KeyboardInterrupt
+
+    attach(pipe, CFG(guidance_scale=3.0))
+    handle = pipe.transformer.register_forward_hook(breaks)
+    with pytest.raises(KeyboardInterrupt):
+        run_pipeline(pipe, "sd3")
+    handle.remove()
+    assert pipe.transformer._forward_pre_hooks
+    if way == "run":
+        run_pipeline(pipe, "sd3")
+    elif way == "attach":
+        attach(pipe, CFG(guidance_scale=2.0))
+    else:
+        detach(pipe)
+    assert not pipe.transformer._forward_pre_hooks
+
+
 def test_sd3_without_negative_prompt_warns(modular_pipeline, run_pipeline, warnings_of_genkit):
     _, pipe = modular_pipeline("sd3")
     attach(pipe, CFG())
