@@ -293,8 +293,12 @@ def pipeline(name: str, seed: int = 0) -> DiffusionPipeline:
     return pipe
 
 
-def call_arguments(name: str, num_inference_steps: int = 2, seed: int = 0) -> dict:
-    """Arguments with which ``pipeline(name)`` can be called: one image of 32 x 32, as a NumPy array."""
+def call_arguments(name: str, num_inference_steps: int = 2, seed: int = 0, *, guided: bool = False) -> dict:
+    """Arguments with which ``pipeline(name)`` can be called: one image of 32 x 32, as a NumPy array.
+
+    ``guided`` adds what makes every pipeline evaluate both branches, as :func:`genkit.guidance.guided` needs it: Flux
+    does so for a negative prompt and a true scale of guidance only.
+    """
     if name not in _BUILDERS:
         raise ValueError(unknown("name", name, NAMES))
     arguments: dict = dict(
@@ -305,6 +309,8 @@ def call_arguments(name: str, num_inference_steps: int = 2, seed: int = 0) -> di
     arguments |= dict(prompt="a cat", height=IMAGE_SIZE, width=IMAGE_SIZE)
     if name in ("sd3", "flux"):
         arguments |= dict(max_sequence_length=16)
+    if guided and name == "flux":
+        arguments |= dict(true_cfg_scale=2.0, negative_prompt="")
     if name == "sd15_controlnet":
         arguments |= dict(image=torch.linspace(0, 1, 3 * IMAGE_SIZE**2).view(1, 3, IMAGE_SIZE, IMAGE_SIZE))
     return arguments

@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+from genkit.guidance import CFG, guided
 from genkit.testing import tiny
 
 PARAMETERS = {"sd15": 132_741, "sdxl": 163_695, "sd3": 202_151, "flux": 160_573, "dit": 97_967}
@@ -111,6 +112,14 @@ def test_tokenizers_count_characters_and_reload(tmp_path):
     assert t5("ab").input_ids[-1] == t5.eos_token_id
     clip.save_pretrained(tmp_path / "clip")
     assert type(clip).from_pretrained(tmp_path / "clip")("a cat").input_ids == clip("a cat").input_ids
+
+
+@pytest.mark.parametrize("name", tiny.NAMES)
+def test_runs_under_a_guider(name, tiny_pipeline):
+    pipe, guider = tiny_pipeline(name), CFG(guidance_scale=2.0)
+    with guided(pipe, guider):
+        pipe(**tiny.call_arguments(name, guided=True))
+    assert guider.stats()["network_calls"].tolist() == [2, 2]
 
 
 @pytest.mark.parametrize("call", [tiny.pipeline, tiny.call_arguments])
