@@ -261,7 +261,7 @@ class PathScheduler(SchedulerMixin, ConfigMixin):
         self._step_index = self._begin_index = None
 
     def remembered(self) -> list[str]:
-        """Names of the attributes that hold tensors of this run's steps: any that were not there when times were set."""
+        """Names of the attributes that hold tensors of earlier steps: any that were not there when times were set."""
         plan = {id(tensor) for tensor in self._plan}
         # A pipeline may replace the public ones by copies on its device; the path keeps tables of a device.
         shared = ("times", "timesteps", "sigmas", "interpolant", "_plan")

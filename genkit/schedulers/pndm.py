@@ -98,6 +98,11 @@ class PseudoNumericalScheduler(PathScheduler):
         auto = "flow_prediction" if isinstance(self.interpolant, Linear) else "epsilon"
         return SPACES[self.config.space] or auto
 
+    @property
+    def remembers_samples(self) -> bool:
+        """A step of several stages ends from the sample that it began at."""
+        return self.config.warmup != "ramp" and self.config.solver_order > 1
+
     # -- the plan of a run ----------------------------------------------------------------------------------------
 
     def _set(self, t, device):
