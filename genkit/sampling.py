@@ -104,7 +104,8 @@ def trajectory(
     Args:
         denoiser: the network; under a scheduler that names jump targets it must be a flow map.
         scheduler: a Diffusers scheduler on which ``set_timesteps`` has been called.
-        x: ``(B, ...)``, standard normal times ``scheduler.init_noise_sigma``.
+        x: ``(B, ...)``, standard normal times ``scheduler.init_noise_sigma``. Its dtype is kept to the end, whatever
+            the network's.
         condition: what to generate; its unconditional branch is what guiders use.
         guider: rule that combines predictions; ``None`` follows the conditional one.
         particles: weighs and resamples between evaluation and step.
@@ -157,7 +158,9 @@ def trajectory(
         kwargs = dict(step_kwargs)
         if "generator" in accepted and state.generators is not None:
             kwargs["generator"] = state.generators
-        x = scheduler.step(output, timestep, state.x, **kwargs, return_dict=False)[0]
+        # Diffusers' schedulers answer in the dtype of the prediction: a half-precision network would round the sample.
+        output = output.to(torch.promote_types(output.dtype, state.x.dtype))
+        x = scheduler.step(output, timestep, state.x, **kwargs, return_dict=False)[0].to(state.x.dtype)
         state = replace(state, x=x)
         if callback is not None:
             state = callback(state)

@@ -135,6 +135,29 @@ def test_callback_may_replace_the_sample():
     assert not got.any()
 
 
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["FlowMatchEulerDiscreteScheduler", "DDIMScheduler", "DPMSolverMultistepScheduler"])
+def test_a_network_in_half_precision_leaves_the_samples_dtype(name, half):
+    scheduler = getattr(diffusers, name)()
+    scheduler.set_timesteps(4)
+    kind = "flow_prediction" if name.startswith("Flow") else "epsilon"
+    law, given = two_class_mixture(4, interpolant=from_scheduler(scheduler)), []
+
+    def network(x, t):
+        given.append(x.dtype)
+        return law.predict(kind, x, t).to(half)
+
+    denoiser = FunctionDenoiser(network, law.interpolant, kind)
+    for state in trajectory(denoiser, scheduler, noise()):
+        assert state.x.dtype == torch.float32
+        # Not a float32 that holds rounded numbers.
+        assert not torch.equal(state.x, state.x.to(half).float())
+    low = noise().to(half)
+    scheduler.set_timesteps(4)
+    assert sample(law.denoiser(kind), scheduler, low).dtype == half
+    assert set(given) == {torch.float32}
+
+
 class Shift(Guider):
     """Moves the network's input by a constant."""
 
