@@ -40,9 +40,9 @@ def warn_of_lost_grid(scheduler, linear: bool) -> None:
     if lost:
         settings = ", ".join(f"{k}={path[k]!r}" for k in lost)
         _warn(
-            f"{type(scheduler).__name__} does not space its steps by {settings} of {path['_class_name']} but by its own "
-            f"timestep_spacing={spacing!r}; for the original's steps call set_timesteps(sigmas=...) with its sigmas, or "
-            "(timesteps=...) with its timesteps, which pipelines take as an argument, too"
+            f"{type(scheduler).__name__} does not space its steps by {settings} of {path['_class_name']} but by "
+            f"timestep_spacing={spacing!r} of its own; for the original's steps call set_timesteps(sigmas=...) with "
+            "its sigmas, or (timesteps=...) with its timesteps, which pipelines take as an argument, too"
         )
 
 

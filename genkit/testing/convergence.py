@@ -12,7 +12,7 @@ from genkit.testing.oracles import Gaussian
 def interior_error(
     scheduler, steps: int, *, law: Gaussian | None = None, start: float = 0.8, end: float = 0.2, seed: int = 0
 ) -> float:
-    """Root mean square error of 64 samples that ``scheduler`` carries from time ``start`` to ``end`` in ``steps`` steps.
+    """Root mean square error of 64 samples that ``scheduler`` carries from ``start`` to ``end`` in ``steps`` steps.
 
     The steps are of equal length in ``t``. A further one, from ``end`` to clean data, is planned and not taken: it is
     of first order in most methods, as long as the others, and would hide their order.
