@@ -90,6 +90,8 @@ class PseudoNumericalScheduler(PathScheduler):
         ):
             if value not in accepted:
                 raise ValueError(unknown(name, value, accepted))
+        # A step of several stages ends from the sample that it began at.
+        self.remembers_samples = warmup != "ramp" and solver_order > 1
         super().__init__()
 
     @property
@@ -97,11 +99,6 @@ class PseudoNumericalScheduler(PathScheduler):
         """The prediction type that is averaged: ``epsilon`` or ``flow_prediction``."""
         auto = "flow_prediction" if isinstance(self.interpolant, Linear) else "epsilon"
         return SPACES[self.config.space] or auto
-
-    @property
-    def remembers_samples(self) -> bool:
-        """A step of several stages ends from the sample that it began at."""
-        return self.config.warmup != "ramp" and self.config.solver_order > 1
 
     # -- the plan of a run ----------------------------------------------------------------------------------------
 
