@@ -60,7 +60,7 @@ def report(name: str, rows: list[dict[str, Any]], bounds: dict[str, tuple[float,
     table = Table(*columns, title=name, title_justify="left")
     for row in rows:
         table.add_row(*(f"{row[c]:.4g}" if isinstance(row[c], float) else str(row[c]) for c in columns))
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 200)
     console.print(table)
     held = {what: value <= most for what, (value, most) in bounds.items()}
     for what, (value, most) in bounds.items():

@@ -29,7 +29,8 @@ class CFGMP(Guider):
     them corrected, cost ``2 N + 2 K n``: compare with CFG at as many calls, which :meth:`stats` counts.
 
     Convergence is not guaranteed: at ``t = 1`` the gap cannot be closed, and where the map hardly contracts one
-    accelerated step can lead far; ``trust_radius`` and ``damping`` are guards.
+    accelerated step leads far (on digits at 8 steps by twice the rms of the sample, which ruins it); ``trust_radius``,
+    0.1 say, and ``damping`` are guards. ``stats()["displacement"]`` tells.
 
     Source: "Improving classifier-free guidance of flow matching via manifold projection", arXiv 2601.21892.
 
