@@ -2,7 +2,9 @@
 
 One particle a group, drawn by weight from each of 512 groups, against exact draws: with Feynman-Kac correctors in
 groups of 64 the sliced Wasserstein distance is at most half that of the nearer of guidance's ODE and SDE, on each
-target.
+target. Groups of 8 leave 0.4 to 0.6 of it; with ``noise_scale=1.5`` they stay below half of the same two as well. More
+noise mixes more between steps, which brings guidance alone nearer too, as its own column shows. Two sets of exact draws
+are as far apart as the last column says: no method can be told to be nearer.
 """
 
 import torch
@@ -72,8 +74,10 @@ def guided(law: GaussianMixture, w: float, seed: int, *, noise_scale: float, par
 METHODS = {
     "CFG, ODE": dict(noise_scale=0.0, particles=1),
     "CFG, SDE": dict(noise_scale=1.0, particles=1),
-    "CFG + FKC, K = 8": dict(noise_scale=1.0, particles=8),
-    "CFG + FKC, K = 64": dict(noise_scale=1.0, particles=64),
+    "CFG, SDE, noise 1.5": dict(noise_scale=1.5, particles=1),
+    "FKC, K = 8": dict(noise_scale=1.0, particles=8),
+    "FKC, K = 8, noise 1.5": dict(noise_scale=1.5, particles=8),
+    "FKC, K = 64": dict(noise_scale=1.0, particles=64),
 }
 
 
@@ -88,7 +92,8 @@ def main() -> None:
         row["two exact sets"] = sliced_wasserstein(*(exact(law, w, len(samples), generator) for _ in range(2)))
         rows.append(row)
         nearer = min(row["CFG, ODE"], row["CFG, SDE"])
-        bounds[f"{name}: FKC / CFG"] = (row["CFG + FKC, K = 64"] / nearer, 0.5)
+        for method in ("FKC, K = 64", "FKC, K = 8, noise 1.5"):
+            bounds[f"{name}: {method} / CFG"] = (row[method] / nearer, 0.5)
     report("feynman_kac_targets", rows, bounds)
 
 
