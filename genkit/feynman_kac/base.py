@@ -184,7 +184,7 @@ class FeynmanKac(ABC):
         count = self.num_particles
         if state.i == 0:
             self._seeds = _seeds(state.generators, len(state.x) // count, count)
-        self._notes = {}
+        self._notes.clear()
         log_weights = state.log_weights or LogWeights.equal(len(state.x) // count, count, self.memory_size)
         memory = log_weights.memory
         increment = torch.zeros_like(log_weights.values)

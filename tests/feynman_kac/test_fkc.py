@@ -5,9 +5,13 @@ import math
 import pytest
 import torch
 
+from genkit.denoisers import FunctionDenoiser
 from genkit.feynman_kac import FKC
 from genkit.feynman_kac.fkc import _Scores
 from genkit.guidance import CFG, Experts
+from genkit.interpolants import Linear
+from genkit.rng import ItemRNG
+from genkit.sampling import trajectory
 from genkit.schedulers import ExactDenoiserScheduler
 from genkit.testing.oracles import Gaussian
 from tests.feynman_kac.targets import (
@@ -295,3 +299,35 @@ def test_the_step_from_pure_noise_keeps_the_guided_weight():
     scheduler.set_timesteps(sigmas=[1.0, 0.5])
     state = run(either(one, two), scheduler, FKC(4), samples=4, guider=CFG(guidance_scale=3.0), given=condition(4))
     assert state.log_weights.log_z.item() == pytest.approx(3 * 2 * 4 / 2, rel=1e-9)
+
+
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.bfloat16, 3e-5), (torch.float16, 1e-6)], ids=str)
+@pytest.mark.parametrize("w", [2.0, 4.0])
+@pytest.mark.parametrize("dims", [16, 1024])
+def test_networks_of_half_precision(dims, w, dtype, rounding):
+    """Weights are float32's within a tenth of their spread; what is common to all grows with the dimension."""
+    conditional, unconditional = Gaussian(torch.full((dims,), dims**-0.5), 1.0), Gaussian(torch.zeros(dims), 1.05)
+
+    def weights(answer):
+        def predict(x, t, given):
+            c, u = (law.velocity(x, t) for law in (conditional, unconditional))
+            return torch.where(given.bool()[:, None], c, u).to(answer)
+
+        scheduler = ExactDenoiserScheduler(noise_scale=1.0)
+        scheduler.set_timesteps(50)
+        *_, last = trajectory(
+            FunctionDenoiser(predict, Linear(), "flow_prediction"),
+            scheduler,
+            ItemRNG(0, range(32)).normal((dims,)),
+            condition(32),
+            guider=CFG(guidance_scale=w),
+            particles=FKC(8, ess_threshold=0),
+            generators=ItemRNG(1, range(32)).generators(),
+        )
+        return last.log_weights.values
+
+    exact = weights(torch.float32)
+    off = weights(dtype) - exact
+    common = off.mean(1, keepdim=True)
+    assert (off - common).abs().max() < 0.1 * exact.std(1).mean()
+    assert common.abs().max() < rounding * w * (w - 1) * dims + 0.005
