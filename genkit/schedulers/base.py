@@ -116,9 +116,11 @@ class PathScheduler(SchedulerMixin, ConfigMixin):
             # Those of the shift come from the path.
             config = {k: v for k, v in config.items() if k not in DYNAMIC_SHIFT or k in cls._settings()} | foreign
         made = super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
-        scheduler = made[0] if return_unused_kwargs else made
+        own = made[0] if return_unused_kwargs else made
         if foreign and "timestep_spacing" not in kwargs:
-            warn_of_lost_grid(scheduler, isinstance(scheduler.interpolant, Linear))
+            linear = isinstance(own.interpolant, Linear)
+            visited = None if linear else lambda n: own.interpolant.timestep(own._spaced(n))
+            warn_of_lost_grid(cls.__name__, own.config, visited)
         return made
 
     @classmethod
