@@ -23,7 +23,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
 
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-    pipe = StableDiffusionXLPipeline.from_pretrained(args.model, torch_dtype=dtype).to(device)
+    pipe = StableDiffusionXLPipeline.from_pretrained(args.model, dtype=dtype).to(device)
     # What is projected out, bounded and remembered is in APG's docstring; these are the paper's values for SDXL.
     guider = APG(guidance_scale=args.guidance_scale, norm_threshold=15.0, momentum=-0.5, eta=0.0)
     with genkit.guided(pipe, guider):

@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
 
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-    pipe = CoarseGuidedPipeline.from_pretrained(args.model, torch_dtype=dtype).to(device)
+    pipe = CoarseGuidedPipeline.from_pretrained(args.model, dtype=dtype).to(device)
     guider = HTransform(exponent=args.exponent, rule={"name": "apg", "guidance_scale": args.guidance_scale})
     image = pipe(
         Image.open(args.image),

@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
 
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-    pipe = FeynmanKacPipeline.from_pretrained(args.model, torch_dtype=dtype).to(device)
+    pipe = FeynmanKacPipeline.from_pretrained(args.model, dtype=dtype).to(device)
     particles = FKC(args.particles, ess_threshold=0.5)
     out = pipe(
         args.prompt,

@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
 
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-    pipe = DiTPipeline.from_pretrained(args.model, torch_dtype=dtype).to(device)
+    pipe = DiTPipeline.from_pretrained(args.model, dtype=dtype).to(device)
     classifier = ImageClassifier.from_pretrained(args.classifier).to(device)
 
     # The classifier looks at the decoded prediction from the first fifth of the noise axis on; before, and wherever it

@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
 
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-    pipe = StableDiffusion3Pipeline.from_pretrained(args.model, torch_dtype=dtype).to(device)
+    pipe = StableDiffusion3Pipeline.from_pretrained(args.model, dtype=dtype).to(device)
     pipe.scheduler = PseudoNumericalScheduler.from_scheduler(pipe.scheduler, solver_order=args.order)
     image = pipe(
         args.prompt,

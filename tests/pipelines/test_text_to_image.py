@@ -141,7 +141,7 @@ def test_saved_and_loaded_in_a_fresh_process(tiny_pipeline, tmp_path, fresh_proc
 def test_takes_the_folders_of_diffusers(name, tiny_pipeline, tmp_path, caplog):
     pipe = tiny_pipeline(name)
     pipe.save_pretrained(tmp_path)
-    loaded = TextToImagePipeline.from_pretrained(tmp_path, guider=CFG(guidance_scale=2.0), torch_dtype=torch.float32)
+    loaded = TextToImagePipeline.from_pretrained(tmp_path, guider=CFG(guidance_scale=2.0), dtype=torch.float32)
     loaded.set_progress_bar_config(disable=True)
     assert distance(image(loaded, name), image(own(pipe), name, guider=CFG(guidance_scale=2.0))) < 1e-5
 
