@@ -5,6 +5,7 @@ training; the classifier of GFCG is trained here and is not the one that measure
 noise, with the classes of the real ones, on as many steps as 32 network calls allow. A guider's best scale is by its
 Frechet distance. Saturation is by how much pixels leave [-1, 1] before they are clipped, on average: 0 for real ones.
 Particles of a group want one class and are drawn anew by weight at the end, so that each image costs as much as others.
+Experts is left out: with exponents w and 1 - w it is CFG.
 Guiders under "given" see a part of the real image of the same number: those rows compare with nothing but each other.
 
 Bounds: at scales 6, 8 and 10 APG has a higher recall than CFG, and a lower saturation.

@@ -153,6 +153,32 @@ def test_guidance_needs_an_unconditional_branch():
         pipe([1], 1)
 
 
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+def test_latents_are_decoded_as_diffusers_does(scale, tiny_pipeline):
+    classic = tiny_pipeline("dit")
+    classic.set_progress_bar_config(disable=True)
+    call = dict(class_labels=[1, 7], num_inference_steps=3, guidance_scale=scale)
+    wanted = classic(**call, generator=torch.Generator().manual_seed(0), output_type="np").images
+    pipe = ClassConditionalPipeline.from_pipe(classic)
+    assert pipe.vae is classic.vae
+    got = pipe(**call, generator=torch.Generator().manual_seed(0), output_type="np").images
+    assert numpy.abs(got - wanted).max() < 1e-5
+
+
+def test_unconditional_latents(tiny_pipeline):
+    vae = tiny_pipeline("dit").vae
+    net = network(num_classes=0, in_channels=4, sample_size=16)
+    pipe = ClassConditionalPipeline(net, diffusers.FlowMatchEulerDiscreteScheduler(), vae=vae)
+    pipe.set_progress_bar_config(disable=True)
+    call = dict(batch_size=2, num_inference_steps=2, generator=torch.Generator().manual_seed(0))
+    z = pipe(**call, output_type="latent").images
+    call["generator"] = torch.Generator().manual_seed(0)
+    images = pipe(**call, output_type="pt").images
+    with torch.no_grad():
+        decoded = vae.decode(z / vae.config.scaling_factor + (vae.config.shift_factor or 0)).sample
+    torch.testing.assert_close(images, (decoded / 2 + 0.5).clamp(0, 1))
+
+
 def test_get_label_ids_names_what_it_knows():
     with pytest.raises(ValueError, match="digit 11"):
         make(id2label={"0": "digit 0"}).get_label_ids(["digit 11"])
