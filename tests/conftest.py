@@ -30,7 +30,7 @@ def _seed():
 
 @pytest.fixture(scope="session")
 def tiny_pipeline():
-    """``tiny_pipeline(name)``: a quiet tiny pipeline that the test may mutate (built once for all tests, then copied)."""
+    """``tiny_pipeline(name)``: a quiet tiny pipeline that the test may mutate (built once, then copied)."""
     import diffusers.utils.logging
     import transformers.utils.logging
 
