@@ -1,9 +1,15 @@
 """Low-rank adapters through PEFT."""
 
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from genkit._flow_map_files import save_lora_weights
@@ -28,8 +34,123 @@ def add_lora(student: Denoiser, settings) -> None:
     Raises:
         ValueError: targets that match no layer.
     """
-    network: Any = base_network(student)
-    names = [n for n, m in network.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    _inject(student, settings, "default")
+    if isinstance(student, TwoTime):
+        student.network.gap_embedder.requires_grad_(True)
+
+
+def add_adapter(denoiser: Denoiser, name: str, settings) -> None:
+    """Put a further LoRA beside the weights of ``denoiser``: trainable, and unused outside of :func:`using`.
+
+    Which other weights are trainable and which adapter is in use stays as it was.
+
+    Args:
+        settings: its ``rank``, ``alpha`` and ``target_modules``, as :func:`add_lora` takes them.
+
+    Raises:
+        ValueError: a name that is taken; targets that match no layer.
+    """
+    if name in adapter_names(denoiser):
+        raise ValueError(f"name={name!r}: the network has the adapters {sorted(adapter_names(denoiser))} already")
+    trainable = {p: p.requires_grad for p in base_network(denoiser).parameters()}
+    in_use = {layer: layer.active_adapters for layer in _layers(denoiser)}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several are meant
+        _inject(denoiser, settings, name)  # freezes all other weights and makes the new one the only one in use
+    for parameter, on in trainable.items():
+        parameter.requires_grad_(on)
+    for layer in _layers(denoiser):
+        layer._active_adapter = in_use.get(layer, [])
+
+
+def adapter_names(denoiser: Denoiser) -> set[str]:
+    """The adapters that the network has."""
+    return {name for layer in _layers(denoiser) for name in layer._get_available_adapters()}
+
+
+def adapter_weights(denoiser: Denoiser, name: str) -> dict[str, nn.Parameter]:
+    """The weights of the adapter ``name``, by their names in the network.
+
+    Raises:
+        ValueError: no such adapter.
+    """
+    _check_name(denoiser, name)
+    return {
+        f"{path}.{key}": parameter
+        for path, layer in base_network(denoiser).named_modules()
+        if isinstance(layer, BaseTunerLayer)
+        for key, parameter in layer.named_parameters()
+        if key.split(".")[0] in layer.adapter_layer_names and name in key.split(".")
+    }
+
+
+@contextmanager
+def without_adapter(denoiser: Denoiser) -> Iterator[None]:
+    """Within, the network is what it was before any adapter: a frozen reference without a second copy.
+
+    A two-time student is then its base on the diagonal ``s = t``, where its gap embedder vanishes.
+
+    Raises:
+        ValueError: a network without adapters; gradients through checkpointed blocks.
+    """
+    with _switched(denoiser) as layers:
+        for layer in layers:
+            layer._disable_adapters = True
+        yield
+
+
+@contextmanager
+def using(denoiser: Denoiser, name: str) -> Iterator[None]:
+    """Within, the adapter ``name`` and no other is in use.
+
+    Raises:
+        ValueError: no such adapter; gradients through checkpointed blocks.
+    """
+    _check_name(denoiser, name)
+    with _switched(denoiser) as layers:
+        for layer in layers:
+            layer._disable_adapters, layer._active_adapter = False, [name]
+        yield
+
+
+@contextmanager
+def _switched(denoiser: Denoiser) -> Iterator[list[BaseTunerLayer]]:
+    # Not by PEFT's own enable_adapters and set_adapter: these change which weights are trainable.
+    layers = _layers(denoiser)
+    if not layers:
+        raise ValueError(f"{type(base_network(denoiser)).__name__} has no adapter; train with adapter.kind=lora")
+    checkpointed = any(getattr(m, "gradient_checkpointing", False) for m in base_network(denoiser).modules())
+    if checkpointed and torch.is_grad_enabled():
+        raise ValueError(
+            "gradient checkpointing is on: backward would recompute the blocks with the adapter in use by then; "
+            "train with gradient_checkpointing=false, or switch adapters under no_grad"
+        )
+    before = [(layer, layer._disable_adapters, layer._active_adapter) for layer in layers]
+    try:
+        yield layers
+    finally:
+        for layer, disabled, active in before:
+            layer._disable_adapters, layer._active_adapter = disabled, active
+
+
+def _layers(denoiser: Denoiser) -> list[BaseTunerLayer]:
+    return [m for m in base_network(denoiser).modules() if isinstance(m, BaseTunerLayer)]
+
+
+def _check_name(denoiser: Denoiser, name: str) -> None:
+    names = adapter_names(denoiser)
+    if name not in names:
+        raise ValueError(f"name={name!r}: the network has the adapters {sorted(names) or 'none'}")
+
+
+def _inject(denoiser: Denoiser, settings, name: str) -> None:
+    network: Any = base_network(denoiser)
+    # A layer that has an adapter is known by its own name and by that of the layer inside.
+    names = [
+        n
+        for n, m in network.named_modules()
+        if isinstance(m, (nn.Linear, nn.Conv2d, BaseTunerLayer)) and not re.search(r"\.(base_layer|lora_\w+)\b", n)
+    ]
     targets = settings.target_modules or _default(names)
     for target in targets:
         if not any(n == target or n.endswith(f".{target}") for n in names):
@@ -40,11 +161,9 @@ def add_lora(student: Denoiser, settings) -> None:
             )
     config = LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=targets, init_lora_weights=True)
     if hasattr(network, "add_adapter"):
-        network.add_adapter(config)
+        network.add_adapter(config, adapter_name=name)
     else:
-        inject_adapter_in_model(config, network)
-    if isinstance(student, TwoTime):
-        student.network.gap_embedder.requires_grad_(True)
+        inject_adapter_in_model(config, network, adapter_name=name)
 
 
 def _default(names: list[str]) -> list[str]:
