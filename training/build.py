@@ -65,11 +65,16 @@ def build(config: TrainConfig) -> Run:
                     f"teacher={config.teacher!r} is on the path {type(teacher.interpolant).__name__}, the student on "
                     f"{type(student.interpolant).__name__}"
                 )
-        objective = cls(config.objective_config(), student, teacher)
+        objective = cls.make(config.objective_config(), student, teacher, pipe)
     settings = config.source_config().model_dump(exclude_unset=True)
     if config.data.name == "synthetic" and "shape" not in settings:
         settings = synthetic_settings(pipe, student) | settings
     source = config.source_class()(**settings)
+    if source.shape is None and objective.needs_samples:
+        raise ValueError(
+            f"data={config.data.name!r} gives no samples, which objective={config.objective.name!r} needs; methods "
+            "that make do with prompts or labels say needs_samples=False"
+        )
     return Run(config, pipe, student, objective, source, Inputs(pipe, student, source, config.seed))
 
 

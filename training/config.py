@@ -106,12 +106,15 @@ class Sampling(Section):
 class Health(Section):
     """When to warn: a gradient norm this many times its running median; samples with this much more of their values
     outside the data's range than the data has at its ends; samples with less than this share of the data's variance.
+
+    ``patience`` samplings in a row of the last two kinds stop the run.
     """
 
     enabled: bool = True
     grad_norm_spike: float = Field(10.0, gt=1)
     saturation: float = Field(0.25, gt=0, le=1)
     variance_collapse: float = Field(0.1, gt=0, lt=1)
+    patience: int = Field(3, ge=1)
 
 
 class TrainConfig(Section):

@@ -11,7 +11,6 @@ from genkit.hub import save_flow_map
 from genkit.training.adapters import save_lora
 from genkit.training.build import Run, build
 from genkit.training.roles import TrainedRole
-from genkit.training.samples import student_scheduler
 from genkit.training.sharding import is_sharded
 from genkit.training.trainer import Trainer
 
@@ -39,7 +38,7 @@ def export(trainer: Trainer) -> Path:
         if run.config.adapter.kind == "lora":
             return save_lora(run.student, output_dir / "lora")
         before = run.pipe.scheduler
-        run.pipe.scheduler = student_scheduler(run)
+        run.pipe.scheduler = run.objective.scheduler(before)
         try:
             run.pipe.save_pretrained(output_dir / "pipeline")
         finally:

@@ -5,6 +5,8 @@ from statistics import median
 
 from torch import Tensor
 
+from genkit.training.objectives.base import DivergedError
+
 _HISTORY = 100
 _LEAST = 20
 
@@ -19,6 +21,7 @@ class Health:
     def __init__(self, settings):
         self.settings = settings
         self._norms: dict[str, deque[float]] = {}
+        self._alarms_in_a_row = 0
 
     def gradient_norm(self, step: int, role: str, norm: float) -> str | None:
         """The alarm of a norm far above the median of the last hundred."""
@@ -30,21 +33,32 @@ class Health:
         ratio = norm / usual if usual else float("inf")
         return f"step {step}: gradient norm of {role} is {norm:.3g}, {ratio:.0f} times its running median {usual:.3g}"
 
-    def samples(self, step: int, samples: Tensor, data: Tensor) -> tuple[dict[str, float], list[str]]:
-        """Measures of ``samples`` ``(B, ...)`` beside ``data`` ``(B, ...)``, to be logged, and alarms.
+    def samples(self, step: int, samples: Tensor, data: Tensor | None) -> tuple[dict[str, float], list[str]]:
+        """Measures of ``samples`` ``(B, ...)`` beside ``data`` ``(B, ...)``, where there is any, and alarms.
 
         ``saturation``: share of values at or outside the range of the data. ``variance_ratio``: variance across the
         batch, averaged over positions, relative to the data's.
+
+        Raises:
+            DivergedError: samples that are not finite, or alarms at the last ``patience`` samplings.
         """
-        samples, data = samples.detach().float(), data.detach().float()
+        if not samples.isfinite().all():
+            raise DivergedError(f"step {step}: samples hold NaN or infinite values")
+        if data is None:
+            return {}, []
+        measures, alarms = self._compare(step, samples.detach().float(), data.detach().float())
+        self._alarms_in_a_row = self._alarms_in_a_row + 1 if alarms else 0
+        if self._alarms_in_a_row == self.settings.patience:
+            raise DivergedError(f"{alarms[0]}; so did health.patience={self.settings.patience} samplings in a row")
+        return measures, alarms
+
+    def _compare(self, step: int, samples: Tensor, data: Tensor) -> tuple[dict[str, float], list[str]]:
         low, high = data.min(), data.max()
         at_ends = [((x <= low) | (x >= high)).float().mean().item() for x in (samples, data)]
         spread = [x.var(dim=0, unbiased=False).mean().item() for x in (samples, data)]
         ratio = spread[0] / spread[1] if spread[1] else float("nan")
         measures = {"samples/saturation": at_ends[0], "samples/variance_ratio": ratio}
         alarms = []
-        if not samples.isfinite().all():
-            alarms.append(f"step {step}: samples hold NaN or infinite values")
         if at_ends[0] > at_ends[1] + self.settings.saturation:
             alarms.append(
                 f"step {step}: samples saturate: {at_ends[0]:.0%} of their values lie at or outside the data's range "

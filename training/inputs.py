@@ -29,16 +29,22 @@ class Inputs:
         self.pipe, self.student, self.seed = pipe, student, hash_seed(seed, 0x766165)
         self.name = type(source).__name__
         shape, self.labels, self.prompts = _wanted(student)
+        self.shape = getattr(source.config, "sample_shape", None) or shape
         vae: Any = getattr(pipe, "vae", None)
-        self.vae: Any = vae if vae is not None and shape is not None and source.shape[0] != shape[0] else None
-        if self.vae is not None:
-            if source.shape[0] != vae.config.in_channels:
+        given = source.shape
+        latents = vae is None or shape is None or given is None or given[0] == shape[0]
+        self.vae: Any = None if latents else vae
+        if given is None:
+            if self.shape is None:
+                raise ValueError(f"data={self.name}: the shape of the model's samples is not known; set sample_shape")
+        elif self.vae is not None:
+            if given[0] != vae.config.in_channels:
                 raise ValueError(
-                    f"data gives samples of shape {source.shape}; the model takes latents of shape {shape}, or "
+                    f"data gives samples of shape {given}; the model takes latents of shape {shape}, or "
                     f"pictures of {vae.config.in_channels} channels"
                 )
-        elif shape is not None and (source.shape[0] != shape[0] or (not self.prompts and source.shape != shape)):
-            raise ValueError(f"data gives samples of shape {source.shape}, the model takes {shape}")
+        elif shape is not None and (given[0] != shape[0] or (not self.prompts and given != shape)):
+            raise ValueError(f"data gives samples of shape {given}, the model takes {shape}")
         if self.labels is not None and (source.num_classes or self.labels + 1) > self.labels:
             got = "no classes" if source.num_classes is None else f"{source.num_classes} classes"
             raise ValueError(f"data={self.name} gives {got}, the model takes class labels 0 to {self.labels - 1}")
@@ -48,7 +54,8 @@ class Inputs:
     def __call__(self, read: dict[str, Any], device: torch.device) -> Batch:
         """One micro-batch of the loader, on ``device``."""
         fields = {k: v.to(device, non_blocking=True) for k, v in read.items() if isinstance(v, Tensor)}
-        x0, index = fields["x0"], fields["index"]
+        index = fields["index"]
+        x0 = fields["x0"] if "x0" in fields else torch.zeros(len(index), *self.shape, device=device)
         if self.vae is not None:
             x0 = self._encode(x0, index)
         return Batch(x0, self.condition(read, device), index, fields)

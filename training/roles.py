@@ -106,7 +106,9 @@ def trained_roles(objective: Objective, config: TrainConfig, phases: Sequence[Ph
         ValueError: trainable weights that no role, or more than one, would train; a phase that trains an unknown role.
     """
     roles = objective.roles
-    for role in roles.values():
+    for name, role in roles.items():
+        if role.trains and role.kept:
+            raise ValueError(f"role {name!r}: kept=True with trains=True; what is trained is kept anyway")
         role.module.train(role.trains)
         if not role.trains:
             role.module.requires_grad_(False)
@@ -135,6 +137,11 @@ def own_buffers(objective: Objective) -> dict[str, Tensor]:
     """Persistent buffers of the objective itself, outside every role: its counters and running statistics."""
     of_roles = {id(b) for role in objective.roles.values() for b in role.module.buffers()}
     return {n: b for n, b in persistent_buffers(objective).items() if id(b) not in of_roles}
+
+
+def state(module: nn.Module) -> dict[str, Tensor]:
+    """Every weight of ``module`` by name, and the buffers that its state holds; live tensors."""
+    return {n: p.detach() for n, p in module.named_parameters()} | persistent_buffers(module)
 
 
 def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:

@@ -1,6 +1,5 @@
 """Samples and metrics in the course of a run."""
 
-import copy
 import json
 
 import numpy
@@ -14,15 +13,7 @@ from genkit.eval.inputs import to_uint8
 from genkit.eval.run import evaluate
 from genkit.rng import ItemRNG, hash_seed
 from genkit.sampling import sample, set_timesteps
-from genkit.schedulers.flow_map import FlowMapScheduler
 from genkit.training.build import Run
-
-
-def student_scheduler(run: Run):
-    """What the student is sampled with: the pipeline's scheduler, or jumps on its path where it learns to jump."""
-    if run.objective.needs_flow_map:
-        return FlowMapScheduler.from_scheduler(run.pipe.scheduler)
-    return copy.deepcopy(run.pipe.scheduler)
 
 
 class Sampler:
@@ -44,7 +35,7 @@ class Sampler:
 
     def draw(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
         """Clean samples ``(num_samples, *shape)``, float32, in the student's space."""
-        scheduler = student_scheduler(self.run)
+        scheduler = self.run.objective.scheduler(self.run.pipe.scheduler)
         set_timesteps(scheduler, self.settings.num_inference_steps, device)
         n = self.settings.num_samples
         noise = ItemRNG(hash_seed(self.run.config.seed, 0x73616D70), range(n), device).normal(shape)

@@ -11,7 +11,7 @@ from genkit.training import checkpoint
 from genkit.training.config import TrainConfig
 from genkit.training.logs import flatten
 from genkit.training.objectives.base import Objective
-from genkit.training.roles import TrainedRole, own_buffers
+from genkit.training.roles import TrainedRole, own_buffers, state
 from genkit.training.sharding import assign, whole
 
 logger = logging.getLogger("genkit.training")
@@ -48,8 +48,9 @@ class Saving:
 
     def _tensors(self, roles: dict[str, TrainedRole]) -> dict[str, dict[str, Tensor]]:
         files = {name: tensors for role in roles.values() for name, tensors in role.tensors().items()}
+        kept = {name: state(role.module) for name, role in self.objective.roles.items() if role.kept}
         buffers = own_buffers(self.objective)
-        return files | ({"objective": buffers} if buffers else {})
+        return files | kept | ({"objective": buffers} if buffers else {})
 
     def save(self, step: int, roles: dict[str, TrainedRole]) -> None:
         """Write ``checkpoint-<step>`` and prune older ones; every process must call.

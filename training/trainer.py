@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import yaml
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, broadcast_object_list
 from torch import Tensor
 
 from genkit.data.loader import batches
@@ -65,7 +65,6 @@ class Trainer:
         self._prepare(phases)
         self._several = len({p.name for p in phases}) > 1
         self._toggle = any(set(p.trains) != set(self.roles) for p in phases)
-        self._norms: dict[str, Tensor] = {}
         self._signals, self._stop = Signals(), 0
         self.health = Health(config.health) if config.health.enabled else None
         self.step = self.saving.load(self.roles)
@@ -164,6 +163,8 @@ class Trainer:
         # Dropout and the like draw from the global state.
         _seed(hash_seed(self.config.seed, self.step, self.accelerator.process_index), self.device)
         micro = [self.run.inputs(next(stream), self.device) for _ in range(self.config.gradient_accumulation_steps)]
+        for batch in micro:
+            batch.step, batch.total_steps = self.step, self.config.max_train_steps
         self.x0 = micro[0].x0
         values: dict[str, Tensor | float] = {
             f"lr/{role.name}": role.set_learning_rate(self.step) for role in self.roles.values()
@@ -187,9 +188,11 @@ class Trainer:
         scaler = self.accelerator.scaler
         for role in (self.roles[name] for name in phase.trains):
             norm = role.update(self.config.max_grad_norm, scaler)
-            logs[f"grad_norm/{role.name}"] = self._norms[role.name] = norm
+            logs[f"grad_norm/{role.name}"] = norm
         if scaler is not None:
             scaler.update()
+        with torch.no_grad():
+            self.objective.updated(phase)
         return {"loss": total, **logs}
 
     def _backward(self, phase: Phase, repeat: int, micro: list[Batch]) -> tuple[Tensor, dict[str, Tensor], "_HostCopy"]:
@@ -251,10 +254,6 @@ class Trainer:
             CheckpointError: the disk refused; older checkpoints are whole.
         """
         self._flush()
-        if self.accelerator.scaler is None:  # a scaler skips such updates
-            for name, norm in self._norms.items():
-                if not norm.isfinite():
-                    raise DivergedError(f"step {self.step}: the gradient of role {name!r} has norm {norm.item()}")
         self.saving.save(self.step, self.roles)
 
     def _periodic(self) -> None:
@@ -268,21 +267,33 @@ class Trainer:
         for line in self.metrics.flush():
             for key, value in line.items():
                 name, _, role = key.partition("/")
-                if self.health is not None and name == "grad_norm":
+                if name != "grad_norm":
+                    continue
+                if not math.isfinite(value) and self.accelerator.scaler is None:  # a scaler skips such updates
+                    raise DivergedError(f"step {line['step']:g}: the gradient of role {role!r} has norm {value}")
+                if self.health is not None:
                     self._warn(self.health.gradient_norm(int(line["step"]), role, value))
 
     def _sample(self) -> None:
         assert self.sampler is not None and self.x0 is not None
+        diverged: list[str | None] = [None]
         if self.accelerator.is_main_process:
             with self.averaged(), self.autocast():
                 samples = self.sampler.draw(tuple(self.x0.shape[1:]), self.device)
             measures: dict[str, float] = {}
             if self.health is not None:
-                measures, alarms = self.health.samples(self.step, samples, self.x0)
-                for alarm in alarms:
-                    self._warn(alarm)
+                data = None if self.run.source.shape is None else self.x0
+                try:
+                    measures, alarms = self.health.samples(self.step, samples, data)
+                    for alarm in alarms:
+                        self._warn(alarm)
+                except DivergedError as error:
+                    diverged = [str(error)]
             self.sampler.record(samples, self.step, self.accelerator, measures)
-        self.accelerator.wait_for_everyone()
+        if self.accelerator.num_processes > 1:
+            broadcast_object_list(diverged)
+        if diverged[0] is not None:
+            raise DivergedError(diverged[0])
 
     def _warn(self, alarm: str | None) -> None:
         if alarm and self.accelerator.is_main_process:

@@ -27,8 +27,9 @@ class SeededConfig(SourceConfig):
 class Source(ABC):
     """A map-style data set that reads a whole batch in one call.
 
-    A batch is a dict: ``x0``, the clean samples ``(B, *shape)`` float32 (images in [-1, 1]); ``class_labels``, int64
-    ``(B,)``, where ``num_classes`` is not None; ``prompts``, a list of str, where the source has them.
+    A batch is a dict: ``x0``, the clean samples ``(B, *shape)`` float32 (images in [-1, 1]), unless ``shape`` is None;
+    ``class_labels``, int64 ``(B,)``, where ``num_classes`` is not None; ``prompts``, a list of str, where the source
+    has them.
 
     A subclass in its own file of ``genkit/data/`` is a source named like the file. It sets ``shape``, ``num_classes``
     and ``length`` and defines :meth:`read`. A source without ``length`` is endless: item ``i`` is made from ``i``.
@@ -36,7 +37,7 @@ class Source(ABC):
 
     Config: ClassVar[type[BaseModel]] = SourceConfig
     config: Any  # an instance of Config
-    shape: tuple[int, ...]
+    shape: tuple[int, ...] | None
     num_classes: int | None = None
     length: int | None = None
 

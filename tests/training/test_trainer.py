@@ -14,13 +14,13 @@ from genkit.training.config import TrainConfig
 from genkit.training.export import export
 from genkit.training.interrupt import Stopped
 from genkit.training.objectives.base import DivergedError, Phase
+from genkit.training.roles import state
 
 
 def weights(trainer) -> torch.Tensor:
-    tensors = [
-        t.flatten().double() for role in trainer.roles.values() for f in role.tensors().values() for t in f.values()
-    ]
-    return torch.cat(tensors)
+    tensors = [t for role in trainer.roles.values() for f in role.tensors().values() for t in f.values()]
+    tensors += [t for role in trainer.objective.roles.values() if role.kept for t in state(role.module).values()]
+    return torch.cat([t.flatten().double() for t in tensors])
 
 
 def optimizer_state(trainer) -> torch.Tensor:
@@ -183,12 +183,9 @@ def test_nan_stops_before_the_update(toys, tmp_path):
 
 
 def test_infinite_gradient_is_not_saved(toys, tmp_path, monkeypatch):
-    trainer = toys.digits(tmp_path)
-
-    def poison():
-        trainer._norms["student"] = torch.tensor(float("inf"))
-
-    monkeypatch.setattr(trainer, "_periodic", poison)
+    trainer = toys.digits(tmp_path, logging_steps=100)
+    role, update = trainer.roles["student"], trainer.roles["student"].update
+    monkeypatch.setattr(role, "update", lambda *a: update(*a) * (float("inf") if trainer.step == 9 else 1))
     with pytest.raises(DivergedError, match="step 10: the gradient of role 'student' has norm inf; there is no"):
         trainer.train()
     assert not checkpoint.found(tmp_path)
@@ -211,7 +208,25 @@ def test_saturated_and_collapsed_samples_are_reported(toys, tmp_path):
     assert len(alarms) == 1 and "saturate" in alarms[0] and measures["samples/saturation"] > 0.5
     measures, alarms = health.samples(3, data[:1].expand(64, -1, -1, -1) + 0.01 * data, data)
     assert len(alarms) == 1 and "collapse" in alarms[0] and measures["samples/variance_ratio"] < 1e-3
-    assert "NaN" in health.samples(4, data * float("nan"), data)[1][0]
+    with pytest.raises(DivergedError, match="step 4: samples hold NaN"):
+        health.samples(4, data * float("nan"), data)
+    assert health.samples(5, 9 * data, None) == ({}, [])  # no data to compare with
+
+
+def test_samples_that_stay_bad_stop_the_run(toys, tmp_path):
+    """The last good checkpoint is kept, and one good sampling starts the count anew."""
+    sampling = dict(every=2, num_samples=4, num_inference_steps=1)
+    health = dict(saturation=1e-6, variance_collapse=0.99, patience=2)
+    trainer = toys.digits(tmp_path, sampling=sampling, health=health, checkpointing_steps=3)
+    with pytest.raises(DivergedError, match=r"step 4: samples .*; so did health.patience=2 samplings in a row; the"):
+        trainer.train()
+    assert list(checkpoint.found(tmp_path)) == [3]
+    watch = toys.digits(tmp_path / "other", health=dict(patience=2)).health
+    data = torch.randn(64, 1, 8, 8)
+    for step, samples in enumerate((9 * data, data, 9 * data)):
+        watch.samples(step, samples, data)
+    with pytest.raises(DivergedError, match="step 4: samples saturate"):
+        watch.samples(4, 9 * data, data)
 
 
 def test_mixed_precision_keeps_the_gradient(toys, tmp_path):

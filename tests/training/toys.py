@@ -45,7 +45,8 @@ def digits(output_dir, **changes) -> Trainer:
 
 
 class Adversarial(Objective):
-    """A generator with two losses, a discriminator updated twice; dropout, running statistics, a counter."""
+    """A generator with two losses, a discriminator updated twice; dropout, running statistics, a counter, and a network
+    that no optimiser moves but the method does."""
 
     def __init__(self, student, diverge_at=None):
         super().__init__(None, student)
@@ -53,6 +54,7 @@ class Adversarial(Objective):
             nn.Linear(2, 16), nn.BatchNorm1d(16), nn.SiLU(), nn.Dropout(0.1), nn.Linear(16, 1)
         )
         self.frozen = nn.Linear(2, 2)
+        self.reference = nn.Linear(2, 2)
         self.diverge_at = diverge_at
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
 
@@ -62,7 +64,12 @@ class Adversarial(Objective):
             "student": Role(self.student_module, ema=True),
             "discriminator": Role(self.discriminator, optimizer={"lr": 5e-3, "betas": [0.0, 0.9]}),
             "frozen": Role(self.frozen, trains=False),
+            "reference": Role(self.reference, trains=False, kept=True),
         }
+
+    def updated(self, phase):
+        if phase.name == "student":
+            self.reference.bias.lerp_(self.student_module.network[-1].bias, 0.1)
 
     def phases(self, step):
         phases = [Phase("discriminator", trains=("discriminator",), repeats=2)]
@@ -83,7 +90,7 @@ class Adversarial(Objective):
         else:
             yield Loss(nn.functional.softplus(-self.discriminator(fake)).mean(), {})
             again = self.student(rng.normal((2,)), t).raw
-            yield Loss((self.frozen(again) - again).square().mean(), {"moment": again.mean()})
+            yield Loss((self.frozen(again) + self.reference(again) - again).square().mean(), {"moment": again.mean()})
 
 
 def adversarial(output_dir, **changes) -> Trainer:

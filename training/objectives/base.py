@@ -1,5 +1,6 @@
 """What a training method is: roles, phases and losses. One file in this folder makes one method."""
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from genkit.denoisers.base import Condition, Denoiser
 from genkit.rng import ItemRNG
+from genkit.schedulers.flow_map import FlowMapScheduler
 
 
 class ObjectiveConfig(BaseModel):
@@ -25,13 +27,16 @@ class Role:
 
     Args:
         module: the network.
-        trains: whether some phase updates it; a frozen one is neither optimised nor checkpointed.
+        trains: whether some phase updates it.
+        kept: of one that no phase updates: whether the method changes it itself (an average that serves as reference),
+            so that checkpoints hold it. What is neither trained nor kept stays as it was made.
         ema: whether averages of its weights are kept.
         optimizer: settings that replace the run's optimiser settings for this role.
     """
 
     module: nn.Module
     trains: bool = True
+    kept: bool = False
     ema: bool = False
     optimizer: Mapping[str, Any] = field(default_factory=dict)
 
@@ -62,12 +67,20 @@ class Batch:
     """One micro-batch: clean samples ``(B, ...)``, what they are conditioned on, and their positions in the run.
 
     ``fields`` are the tensors of the source by its names for them, ``x0`` among them as it was before any encoding.
+    ``step`` of ``total_steps`` is under way. A source without samples gives zeros as ``x0``.
     """
 
     x0: Tensor
     condition: Condition
     index: Tensor
     fields: Mapping[str, Tensor] = field(default_factory=dict)
+    step: int = 0
+    total_steps: int = 1
+
+    @property
+    def progress(self) -> float:
+        """How much of the run is behind, in [0, 1): what schedules over training are functions of."""
+        return self.step / self.total_steps
 
 
 class DivergedError(RuntimeError):
@@ -78,6 +91,7 @@ class Objective(nn.Module, ABC):
     """A training method.
 
     A subclass names its settings in ``Config``, says what it needs in the class variables, and yields its losses.
+    ``needs_samples`` is false where prompts or labels suffice.
     All random draws come from ``rng``, whose row ``j`` belongs to item ``j`` of the micro-batch, so that a loss does
     not depend on how a global batch was cut into micro-batches or spread over processes.
 
@@ -88,6 +102,7 @@ class Objective(nn.Module, ABC):
     """
 
     Config: ClassVar[type[BaseModel]] = ObjectiveConfig
+    needs_samples: ClassVar[bool] = True
     needs_flow_map: ClassVar[bool] = False
     needs_teacher: ClassVar[Literal["never", "optional", "required"]] = "never"
 
@@ -100,6 +115,18 @@ class Objective(nn.Module, ABC):
         self.student_module = student.module
         if teacher is not None:
             self.teacher_module = teacher.module.requires_grad_(False).eval()
+
+    @classmethod
+    def make(cls, config: Any, student: Denoiser, teacher: Denoiser | None, pipe: Any) -> "Objective":
+        """An objective for the student in ``pipe``; for methods that need more of the pipeline, such as its VAE."""
+        return cls(config, student, teacher)
+
+    def scheduler(self, scheduler: Any) -> Any:
+        """What the student is sampled and exported with, given its pipeline's scheduler.
+
+        Jumps on its path where the student learns to jump, else the same.
+        """
+        return FlowMapScheduler.from_scheduler(scheduler) if self.needs_flow_map else copy.deepcopy(scheduler)
 
     @property
     def roles(self) -> Mapping[str, Role]:
@@ -117,6 +144,10 @@ class Objective(nn.Module, ABC):
     def phases(self, step: int) -> Sequence[Phase]:
         """What training step ``step`` consists of; the default is one update of the student from one loss."""
         return (Phase("student", trains=("student",)),)
+
+    def updated(self, phase: Phase) -> None:
+        """Called after each optimiser update of ``phase``: the place to move what is ``kept`` but not trained."""
+        return
 
     @abstractmethod
     def losses(self, phase: Phase, batch: Batch, rng: ItemRNG) -> Iterator[Loss]:

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from genkit.denoisers.base import Condition, Denoiser, FlowMap
 from genkit.interpolants import expand
 from genkit.rng import ItemRNG
+from genkit.training.losses import evaluating, sum_of_squares
 from genkit.training.objectives.base import (
     Batch,
     DivergedError,
@@ -23,6 +23,8 @@ from genkit.training.objectives.base import (
     drop_condition,
 )
 from genkit.training.residuals import Jvp, StopGrad, eulerian, lagrangian, progressive
+from genkit.training.targets import guided_velocity
+from genkit.training.times import share
 
 
 class FlowMapConfig(ObjectiveConfig):
@@ -101,7 +103,7 @@ class FlowMapObjective(Objective):
         a = c.t_min + (c.t_max - c.t_min) * rng.uniform()
         b = c.t_min + (c.t_max - c.t_min) * rng.uniform()
         gamma = rng.uniform() if c.loss == "psd_u" else torch.full_like(a, 0.5)
-        off = _off_diagonal(batch.index, c.diagonal_fraction)
+        off = share(batch.index, 1 - c.diagonal_fraction)
         t, s = torch.maximum(a, b).where(off, a), torch.minimum(a, b).where(off, a)
         eps = rng.normal(batch.x0.shape[1:], dtype=batch.x0.dtype)
         x = self.student.interpolant.interpolate(batch.x0, eps, t)
@@ -113,12 +115,12 @@ class FlowMapObjective(Objective):
         if len(on_i):
             at = (x[on_i], t[on_i], condition.index(on_i))
             goal = self._diagonal_target(*at, target[on_i], dropped[on_i])
-            r = _sum_of_squares(self.student.average_velocity(at[0], at[1], at[1], at[2]) - goal)
+            r = sum_of_squares(self.student.average_velocity(at[0], at[1], at[1], at[2]) - goal)
             pieces.append((r, on_i))
             logs["diagonal"] = r.detach().mean()
         if len(off_i):
-            with _evaluating(self.student_module):  # no dropout in the identity
-                r = _sum_of_squares(self._residual(x[off_i], t[off_i], s[off_i], condition.index(off_i), gamma[off_i]))
+            with evaluating(self.student_module):  # no dropout in the identity
+                r = sum_of_squares(self._residual(x[off_i], t[off_i], s[off_i], condition.index(off_i), gamma[off_i]))
             pieces.append((r, off_i))
             logs["off_diagonal"] = r.detach().mean()
         residual = torch.cat([r for r, _ in pieces])
@@ -140,23 +142,14 @@ class FlowMapObjective(Objective):
         """
         w = self.config.guidance_scale
         if self.teacher is not None and (w != 1 or self.config.loss.startswith("psd")):
-            return self._teacher_velocity(x, t, condition)
+            return guided_velocity(self.teacher, x, t, condition, w)
         if w == 1 or not condition.values:
             return target
-        with torch.no_grad(), _evaluating(self.student_module):
+        with torch.no_grad(), evaluating(self.student_module):
             cond = self.student.average_velocity(x, t, t, condition)
             null = self.student.average_velocity(x, t, t, condition.null())
         guided = target + (1 - 1 / w) * (cond - null)
         return target.where(expand(dropped, target), guided)
-
-    def _teacher_velocity(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        w = self.config.guidance_scale
-        assert self.teacher is not None
-        with torch.no_grad():
-            if w == 1 or not condition.values:
-                return self.teacher(x, t, condition).velocity
-            cond, null = self.teacher.many(x, t, [condition, condition.null()])
-            return null.velocity + w * (cond.velocity - null.velocity)
 
     def _residual(self, x: Tensor, t: Tensor, s: Tensor, condition: Condition, gamma: Tensor) -> Tensor:
         c = self.config
@@ -165,7 +158,9 @@ class FlowMapObjective(Objective):
             return self.student.average_velocity(x_, t_, s_, condition)
 
         def velocity(x_: Tensor, t_: Tensor) -> Tensor:
-            return u(x_, t_, t_) if self.teacher is None else self._teacher_velocity(x_, t_, condition)
+            if self.teacher is None:
+                return u(x_, t_, t_)
+            return guided_velocity(self.teacher, x_, t_, condition, c.guidance_scale)
 
         if c.loss == "lsd":
             kind: StopGrad = c.stopgrad or "convex"
@@ -214,24 +209,3 @@ class LossWeight(nn.Module):
 
         features = (embed(t) + embed(s)) / 2
         return self.linear(features.to(self.linear.weight.dtype))[:, 0].float().clamp(-10, 10)
-
-
-def _off_diagonal(index: Tensor, diagonal_fraction: float) -> Tensor:
-    """Mask ``(B,)`` of the items off the diagonal: ``1 - diagonal_fraction`` of any run of positions, evenly spread."""
-    share = 1 - diagonal_fraction
-    position = index.double()
-    return torch.floor((position + 1) * share + 1e-9) > torch.floor(position * share + 1e-9)
-
-
-def _sum_of_squares(residual: Tensor) -> Tensor:
-    return residual.to(torch.promote_types(residual.dtype, torch.float32)).square().flatten(1).sum(1)
-
-
-@contextmanager
-def _evaluating(module: nn.Module):
-    training = module.training
-    module.eval()
-    try:
-        yield
-    finally:
-        module.train(training)
