@@ -23,6 +23,7 @@ __all__ = [
     "put_component",
     "quiet_construction",
     "restore_component",
+    "set_config",
 ]
 
 
@@ -62,6 +63,12 @@ def restore_component(pipe, name: str) -> None:
 def component_names(pipe) -> list[str]:
     """Names of the components that a modular pipeline has, loaded or not."""
     return list(pipe._component_specs)
+
+
+def set_config(model, **values) -> None:
+    """Change entries of a model's config such that ``from_config`` keeps them: it skips what was a default."""
+    defaults = [name for name in model.config.get("_use_default_values", []) if name not in values]
+    model.register_to_config(**values, _use_default_values=defaults)
 
 
 @contextmanager

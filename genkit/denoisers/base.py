@@ -76,6 +76,18 @@ class Condition:
         values = {k: torch.where(mask.view(-1, *(1,) * (v.ndim - 1)), null[k], v) for k, v in self.values.items()}
         return Condition(values, self.null_values)
 
+    def with_values(self, values: Mapping[str, Tensor], null_values: Mapping[str, Tensor] | None = None) -> "Condition":
+        """The same batch with further tensors, or others of the same names.
+
+        ``null_values`` are those of the unconditional branch, where there is one; by default the same.
+        """
+        null = (
+            None
+            if self.null_values is None
+            else {**self.null_values, **(values if null_values is None else null_values)}
+        )
+        return Condition({**self.values, **values}, null)
+
     def to(self, *args, **kwargs) -> "Condition":
         """Every tensor through ``Tensor.to``; integers keep their type when only a dtype is given."""
 
@@ -285,6 +297,26 @@ class FlowMap(Denoiser):
 
     As a plain denoiser it is its own diagonal, ``u(x, t, t) = v(x, t)``.
     """
+
+    @property
+    def scalars(self) -> Mapping[str, float]:
+        """Numbers that the network embeds, by the name under which a condition brings them ``(B,)``: their defaults."""
+        return {}
+
+    def add_scalars(self, scalars: Mapping[str, float]) -> None:
+        """Embed further numbers (``guidance_scale``, ``t_low`` ...), given with their defaults.
+
+        What is added is 0 before training: the network's output is what it was, bit for bit. A name that is there keeps
+        its weights and gets the new default.
+
+        Raises:
+            TypeError: a network that cannot embed any.
+        """
+        raise TypeError(f"{type(self).__name__} cannot embed {list(scalars)}")
+
+    def embedders(self) -> list[nn.Module]:
+        """What the second time and the scalars go through: trained even where all else is frozen under a LoRA."""
+        return []
 
     @abstractmethod
     def average_velocity(self, x: Tensor, t: Tensor, s: Tensor, condition: Condition | None = None) -> Tensor:

@@ -1,6 +1,6 @@
 """Plain callables as denoisers: closed-form oracles, user networks, anything that is a function of ``(x, t)``."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
@@ -26,6 +26,9 @@ class FunctionDenoiser(Denoiser):
 
 class FunctionFlowMap(FlowMap):
     """``fn(x, t, s, **condition) -> u``: a callable that returns the average velocity from ``t`` to ``s``."""
+
+    def add_scalars(self, scalars: Mapping[str, float]) -> None:
+        """Nothing: the function takes scalars by name, as it takes the rest of a condition."""
 
     def __init__(self, fn: Callable[..., Tensor], interpolant: Interpolant):
         super().__init__(fn, interpolant, "flow_prediction")

@@ -1,6 +1,6 @@
 """Any denoiser as a flow map: a second time, added to the network's time embedding."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -12,35 +12,61 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
+from genkit._diffusers import set_config
 from genkit.denoisers.base import Condition, FlowMap
 from genkit.denoisers.network import NetworkDenoiser
+from genkit.denoisers.scalars import told, without
 
 
 class GapEmbedder(ModelMixin, ConfigMixin):
     """``W2 silu(W1 [1 - cos(f g), sin(f g)])`` of the gap ``g = t - s``; 0 at ``g = 0``; 0 for all before training.
 
+    To it is added as much of every scalar, by weights of its own.
+
     Args:
         dim: of the embedding that it is added to.
         num_frequencies: how many ``f``, log-spaced from ``max_frequency`` down to 1e-4 radians per unit of time. Times
             are not multiplied by 1000: high frequencies make ``du/ds`` explode.
+        scalars: further numbers of order 1 that are embedded, by name, with their defaults; see
+            :meth:`genkit.denoisers.base.FlowMap.add_scalars`.
 
     Source: Boffi et al., "How to build a consistency model", arXiv 2505.18825 (gap as the second time).
     """
 
     @register_to_config
-    def __init__(self, dim: int, num_frequencies: int = 32, max_frequency: float = 1.0):
+    def __init__(
+        self,
+        dim: int,
+        num_frequencies: int = 32,
+        max_frequency: float = 1.0,
+        scalars: dict[str, float] | None = None,
+    ):
         super().__init__()
         self.hidden = nn.Linear(2 * num_frequencies, dim, bias=False)
         self.out = nn.Linear(dim, dim, bias=False)
         nn.init.zeros_(self.out.weight)
+        self.scalar_embedders = nn.ModuleDict()
+        self.add_scalars(scalars or {})
 
-    def forward(self, gap: Tensor) -> Tensor:
-        """Gaps ``(B,)`` in float32 at least -> ``(B, dim)``."""
+    def add_scalars(self, scalars: Mapping[str, float]) -> None:
+        """See :meth:`genkit.denoisers.base.FlowMap.add_scalars`."""
+        for name in scalars:
+            if name not in self.scalar_embedders:
+                one = GapEmbedder(*(self.config[k] for k in ("dim", "num_frequencies", "max_frequency")))
+                self.scalar_embedders[name] = one.to(self.hidden.weight)
+        if scalars:
+            set_config(self, scalars={**(self.config["scalars"] or {}), **scalars})
+
+    def forward(self, gap: Tensor, scalars: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Gaps ``(B,)`` in float32 at least, and every scalar, ``(B,)`` each -> ``(B, dim)``."""
         exponent = torch.linspace(0, 1, self.config["num_frequencies"], dtype=gap.dtype, device=gap.device)
         angle = gap[:, None] * self.config["max_frequency"] * (1e-4 / self.config["max_frequency"]) ** exponent
         # 1 - cos, without its cancellation at small angles.
         features = torch.cat((2 * torch.sin(angle / 2) ** 2, torch.sin(angle)), dim=-1)
-        return self.out(nn.functional.silu(self.hidden(features.to(self.hidden.weight.dtype))))
+        embedding = self.out(nn.functional.silu(self.hidden(features.to(self.hidden.weight.dtype))))
+        for name, embedder in self.scalar_embedders.items():
+            embedding = embedding + embedder(scalars[name])  # type: ignore[index]
+        return embedding
 
 
 class TwoTimeNetwork(nn.Module):
@@ -61,9 +87,9 @@ class TwoTimeNetwork(nn.Module):
         return output if self._embedding is None else output + self._embedding.to(output.dtype)
 
     @contextmanager
-    def at_gap(self, gap: Tensor) -> Iterator[None]:
-        """Within, the time embedding is that of ``t`` plus that of ``gap`` ``(B,)``."""
-        with self._added(self.gap_embedder(gap)):
+    def at_gap(self, gap: Tensor, scalars: Mapping[str, Tensor] | None = None) -> Iterator[None]:
+        """Within, the time embedding is that of ``t`` plus that of ``gap`` ``(B,)`` and of ``scalars``."""
+        with self._added(self.gap_embedder(gap, scalars)):
             yield
 
     @contextmanager
@@ -95,8 +121,8 @@ class TwoTimeNetwork(nn.Module):
 class TwoTime(FlowMap):
     """The flow map ``u(x, t, s)`` made of a denoiser of one time; before training ``u(x, t, s) = v(x, t)`` bit for bit.
 
-    The network sees ``embedding(t) + gap_embedder(t - s)``. Its output, of whichever prediction type, is read as an
-    average velocity with the coefficients of ``t``.
+    The network sees ``embedding(t) + gap_embedder(t - s, scalars)``. Its output, of whichever prediction type, is read
+    as an average velocity with the coefficients of ``t``.
 
     Args:
         denoiser: the teacher's adapter. Its network is *not* copied: outside of this flow map it stays what it was.
@@ -140,8 +166,9 @@ class TwoTime(FlowMap):
         self._check_checkpointing(differentiating)
         # Fused attention kernels have no forward-mode derivative.
         attention = sdpa_kernel(SDPBackend.MATH) if differentiating else nullcontext()
-        with attention, self.network.at_gap(t - s):
-            raw = self.denoiser.forward(x, t, timestep, condition or Condition())
+        condition = condition or Condition()
+        with attention, self.network.at_gap(t - s, told(condition, self.scalars, t)):
+            raw = self.denoiser.forward(x, t, timestep, without(condition, self.scalars))
         return self.interpolant.convert(raw, self.denoiser.prediction_type, self.prediction_type, x, t)
 
     def _check_checkpointing(self, differentiating: bool) -> None:
@@ -158,6 +185,16 @@ class TwoTime(FlowMap):
                 "gradient checkpointing was switched on behind the flow map, so that backward would recompute blocks "
                 "without the gap; call flow_map.network.enable_gradient_checkpointing(), not the inner network's"
             )
+
+    @property
+    def scalars(self) -> Mapping[str, float]:
+        return self.network.gap_embedder.config["scalars"] or {}
+
+    def add_scalars(self, scalars: Mapping[str, float]) -> None:
+        self.network.gap_embedder.add_scalars(scalars)
+
+    def embedders(self) -> list[nn.Module]:
+        return [self.network.gap_embedder]
 
     def encode(self, pipe, **inputs) -> Condition:
         """The condition that ``pipe`` would make of ``inputs``; see the adapter's."""

@@ -1,10 +1,13 @@
 """genkit's own two-time transformer as a flow map."""
 
+from collections.abc import Mapping
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from genkit.denoisers.base import Condition, FlowMap
 from genkit.denoisers.network import NetworkDenoiser
+from genkit.denoisers.scalars import told, without
 
 
 class TwoTimeDiT(NetworkDenoiser, FlowMap):
@@ -16,13 +19,26 @@ class TwoTimeDiT(NetworkDenoiser, FlowMap):
     network_classes = ("DiT",)
 
     def forward(self, z: Tensor, t: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
-        z, condition = self._inputs(z, condition)
-        return self.network(z, t, None, condition.values.get("class_labels"))
+        return self._call(z, t, None, condition)
 
     def average_velocity(self, x: Tensor, t: Tensor, s: Tensor, condition: Condition | None = None) -> Tensor:
-        z, condition = self._inputs(x, condition or Condition())
-        u = self.network(z, t, s, condition.values.get("class_labels"))
+        u = self._call(x, t, s, condition or Condition())
         return self.interpolant.convert(u, self.prediction_type, "flow_prediction", x, t)
+
+    def _call(self, x, t, s, condition):
+        scalars = told(condition, self.scalars, t)
+        z, condition = self._inputs(x, without(condition, self.scalars))
+        return self.network(z, t, s, condition.values.get("class_labels"), scalars)
+
+    @property
+    def scalars(self) -> Mapping[str, float]:
+        return self.inner.config.scalars or {}
+
+    def add_scalars(self, scalars: Mapping[str, float]) -> None:
+        self.inner.add_scalars(scalars)
+
+    def embedders(self) -> list[nn.Module]:
+        return [self.inner.gap_embed, self.inner.scalar_embed]
 
     def encode(self, pipe, class_labels: Tensor | list[int] | None = None) -> Condition:
         """A condition from labels ``(B,)``; ``None`` for an unconditional network.

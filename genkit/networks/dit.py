@@ -1,12 +1,15 @@
 """A small diffusion transformer with two times: a flow model on its diagonal, a flow map off it."""
 
 import math
+from collections.abc import Mapping
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from genkit._diffusers import set_config
 
 
 class TimeFeatures(nn.Module):
@@ -56,9 +59,9 @@ class Block(nn.Module):
 class DiT(ModelMixin, ConfigMixin):
     """``u(x, t, s, class_labels)``: average velocity from ``t`` to ``s <= t``; at ``s = t`` the velocity.
 
-    Conditioned through ``c = E_t(t) + E_gap(t - s) + E_class``. ``E_gap`` vanishes at a gap of 0 and starts at zero, so
-    a network trained as a flow model becomes a flow map that equals it for every ``s``. Input and output are scaled by
-    ``sigma_data``; the last layer starts at zero.
+    Conditioned through ``c = E_t(t) + E_gap(t - s) + E_class``, and further scalars in the same way. ``E_gap`` vanishes
+    at a gap of 0 and starts at zero, so a network trained as a flow model becomes a flow map that equals it for every
+    ``s``. Input and output are scaled by ``sigma_data``; the last layer starts at zero.
 
     Args:
         sample_size: side of the square image or latent.
@@ -66,6 +69,8 @@ class DiT(ModelMixin, ConfigMixin):
         num_classes: class labels ``0 .. num_classes - 1``; label ``num_classes`` means "no class". 0: unconditional.
         sigma_data: standard deviation of the data.
         max_frequency: highest angular frequency of the time features, radians per unit of ``t``.
+        scalars: further numbers of order 1 that are embedded, by name, with their defaults; see
+            :meth:`genkit.denoisers.base.FlowMap.add_scalars`.
 
     Source: Peebles and Xie, "Scalable diffusion models with transformers", arXiv 2212.09748 (adaLN-Zero); Boffi et
     al., arXiv 2505.18825 (start time and gap as the two times, unscaled times).
@@ -86,6 +91,7 @@ class DiT(ModelMixin, ConfigMixin):
         num_classes: int = 10,
         sigma_data: float = 0.5,
         max_frequency: float = 16.0,
+        scalars: dict[str, float] | None = None,
     ):
         super().__init__()
         if sample_size % patch_size:
@@ -110,8 +116,27 @@ class DiT(ModelMixin, ConfigMixin):
             nn.init.zeros_(layer.weight)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
+        self.scalar_embed = nn.ModuleDict()
+        self.add_scalars(scalars or {})
 
-    def forward(self, x: Tensor, t: Tensor, s: Tensor | None = None, class_labels: Tensor | None = None) -> Tensor:
+    def add_scalars(self, scalars: Mapping[str, float]) -> None:
+        """See :meth:`genkit.denoisers.base.FlowMap.add_scalars`."""
+        for name in scalars:
+            if name not in self.scalar_embed:
+                layer = nn.Linear(64, self.config.hidden_size, bias=False).to(self.gap_embed.weight)
+                nn.init.zeros_(layer.weight)
+                self.scalar_embed[name] = layer
+        if scalars:
+            set_config(self, scalars={**(self.config.scalars or {}), **scalars})
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        s: Tensor | None = None,
+        class_labels: Tensor | None = None,
+        scalars: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
         """Average velocity, shape of ``x``.
 
         Args:
@@ -119,6 +144,7 @@ class DiT(ModelMixin, ConfigMixin):
             t: start times in [0, 1], ``(B,)``, float32 at least.
             s: end times, ``(B,)``; ``None`` for ``s = t``.
             class_labels: int64 ``(B,)``, values up to ``num_classes`` (no class, the default).
+            scalars: those that the network embeds, ``(B,)`` each.
         """
         cfg = self.config
         b, c, height, _ = x.shape
@@ -130,6 +156,8 @@ class DiT(ModelMixin, ConfigMixin):
         emb = self.time_embed(self.time_features(t).to(dtype))
         if s is not None:
             emb = emb + self.gap_embed(self.time_features(t - s).to(dtype))
+        for name, layer in self.scalar_embed.items():
+            emb = emb + layer(self.time_features(scalars[name]).to(dtype))  # type: ignore[index]
         if self.class_embed is not None:
             if class_labels is None:
                 class_labels = torch.full((b,), cfg.num_classes, device=x.device)

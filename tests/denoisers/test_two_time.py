@@ -5,10 +5,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from genkit.denoisers import TwoTime, from_pipeline
+from genkit.denoisers import TwoTime, from_pipeline, wrap
+from genkit.denoisers.base import FlowMap
 from genkit.denoisers.function import FunctionDenoiser
 from genkit.denoisers.two_time import GapEmbedder
 from genkit.interpolants import Linear
+from genkit.networks.dit import DiT
 
 NAMES = ("sd15", "sdxl", "sd3", "flux", "dit")
 B = 2
@@ -215,3 +217,72 @@ def test_embedder_features():
     torch.testing.assert_close(inputs[0], torch.cat((1 - angle.cos(), angle.sin()), dim=-1), rtol=1e-6, atol=1e-15)
     nn.init.normal_(embedder.out.weight)
     assert embedder(gap)[0].abs().max() == 0 and embedder(gap)[1:].abs().amax(dim=1).min() > 1e-2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", NAMES)
+def test_scalars_change_nothing_before_training_and_act_item_by_item_after(name, tiny_pipeline):
+    flow_map, x, t, s, condition = make(tiny_pipeline, name, trained=True)
+    before = flow_map.average_velocity(x, t, s, condition)
+    flow_map.add_scalars({"guidance_scale": 4.0, "t_low": 0.25})
+    scale = {"guidance_scale": torch.tensor([2.0, 5.0]), "t_low": torch.tensor([0.1, 0.4])}
+    told = condition.with_values(scale)
+    assert torch.equal(flow_map.average_velocity(x, t, s, told), before)
+    for embedder in flow_map.network.gap_embedder.scalar_embedders.values():
+        nn.init.normal_(embedder.out.weight)
+    u = flow_map.average_velocity(x, t, s, told)
+    for i in range(B):  # each item has its own, which is repeated and indexed with the rest of the condition
+        one = flow_map.average_velocity(x[[i]], t[[i]], s[[i]], told.index([i]))
+        torch.testing.assert_close(one, u[[i]], rtol=1e-4, atol=1e-4)
+        for key in scale:
+            other = told.with_values({key: scale[key] + 1})
+            assert (flow_map.average_velocity(x, t, s, other) - u).abs().max() > 1e-4
+    # What a condition does not name has its default.
+    default = condition.with_values({"guidance_scale": torch.full((B,), 4.0), "t_low": torch.full((B,), 0.25)})
+    assert torch.equal(flow_map.average_velocity(x, t, s, condition), flow_map.average_velocity(x, t, s, default))
+    # No guidance, and an interval that begins at 0, are embedded as nothing.
+    none = condition.with_values({"guidance_scale": torch.ones(B), "t_low": torch.zeros(B)})
+    assert torch.equal(flow_map.average_velocity(x, t, s, none), before)
+
+
+def test_scalars_are_added_once(tiny_pipeline):
+    flow_map, *_ = make(tiny_pipeline, "sd3")
+    flow_map.add_scalars({"guidance_scale": 4.0})
+    weight = flow_map.network.gap_embedder.scalar_embedders["guidance_scale"].out.weight
+    flow_map.add_scalars({"guidance_scale": 3.0, "t_low": 0.0})
+    assert flow_map.network.gap_embedder.scalar_embedders["guidance_scale"].out.weight is weight
+    assert flow_map.scalars == {"guidance_scale": 3.0, "t_low": 0.0}
+    assert flow_map.embedders() == [flow_map.network.gap_embedder]
+    copied = copy.deepcopy(flow_map)
+    assert copied.scalars == flow_map.scalars
+    with pytest.raises(TypeError, match="Oracle cannot embed"):
+        Oracle(None, Linear(), "flow_prediction").add_scalars({"guidance_scale": 1.0})
+
+
+class Oracle(FlowMap):
+    def average_velocity(self, x, t, s, condition=None):
+        return x
+
+
+@torch.no_grad()
+def test_scalars_of_the_network_of_two_times():
+    network = DiT(hidden_size=16, num_layers=1, num_heads=2, patch_size=4)
+    for p in network.parameters():
+        nn.init.normal_(p, std=0.2)
+    flow_map = wrap(network, Linear(), "flow_prediction")
+    x, t, s = torch.randn(B, 1, 8, 8), torch.tensor([0.9, 0.5]), torch.tensor([0.2, 0.5])
+    condition = flow_map.encode(None, class_labels=[1, 2])
+    before = flow_map.average_velocity(x, t, s, condition)
+    flow_map.add_scalars({"guidance_scale": 2.0})
+    told = condition.with_values({"guidance_scale": torch.tensor([3.0, 8.0])})
+    assert torch.equal(flow_map.average_velocity(x, t, s, told), before)
+    nn.init.normal_(network.scalar_embed["guidance_scale"].weight)
+    after = flow_map.average_velocity(x, t, s, told)
+    assert (after - before).abs().amax(dim=(1, 2, 3)).min() > 1e-3
+    again = DiT.from_config(network.config)  # which names the scalars
+    again.load_state_dict(network.state_dict())
+    again = wrap(again, Linear(), "flow_prediction")
+    assert torch.equal(again.average_velocity(x, t, s, told), after)
+    assert torch.equal(again(x, t, told).raw[1], after[1])  # on the diagonal it is told, too
+    none = condition.with_values({"guidance_scale": torch.ones(B)})
+    assert torch.equal(again.average_velocity(x, t, s, none), before)
