@@ -68,6 +68,13 @@ class Interpolant(ABC):
         """``t`` -> native timestep, computed in float64 and rounded to float32."""
         return self._timestep(t.double()).float()
 
+    def time_at(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """``t``, float64, at which ``sigma(t) / alpha(t) = sigma / alpha``, or the end of the path nearest to it.
+
+        Both arguments are at least 0 and not 0 together.
+        """
+        raise NotImplementedError(f"{type(self).__name__} defines no time_at, the inverse of sigma / alpha")
+
     # -- the path ---------------------------------------------------------------------------------------------
 
     def same_as(self, other: "Interpolant") -> bool:
@@ -220,6 +227,9 @@ class Linear(Interpolant):
     def _timestep(self, t):
         return t * self.num_train_timesteps
 
+    def time_at(self, alpha, sigma):
+        return sigma.double() / (alpha.double() + sigma.double())
+
 
 class Trigonometric(Interpolant):
     """``alpha = cos(pi t / 2)``, ``sigma = sin(pi t / 2)``; native timestep: the angle ``pi t / 2`` (TrigFlow).
@@ -244,6 +254,9 @@ class Trigonometric(Interpolant):
 
     def _timestep(self, t):
         return t * (math.pi / 2)
+
+    def time_at(self, alpha, sigma):
+        return torch.atan2(sigma.double(), alpha.double()) / (math.pi / 2)
 
 
 class VariancePreserving(Interpolant):
@@ -280,6 +293,13 @@ class VariancePreserving(Interpolant):
     def _timestep(self, t):
         return t * self.num_train_timesteps
 
+    def time_at(self, alpha, sigma):
+        end = self._integral(1.0)
+        integral = torch.log1p((sigma.double() / alpha.double()) ** 2).clamp(max=end)
+        # The root of the quadratic in the form that has no cancellation.
+        root = (self.beta_min**2 + 2 * (self.beta_max - self.beta_min) * integral).sqrt()
+        return 2 * integral / (self.beta_min + root)
+
 
 class DiscreteVP(Interpolant):
     """Variance-preserving path through Diffusers' ``alphas_cumprod``: exact at every trained timestep.
@@ -305,11 +325,14 @@ class DiscreteVP(Interpolant):
         self._log_ratio = 0.5 * (torch.log1p(-cumprod) - cumprod.log())
         self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
+    def _tables_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        if device not in self._tables:
+            self._tables[device] = (self._angle.to(device), self._log_ratio.to(device))
+        return self._tables[device]
+
     def _angle_and_rate(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Angle ``theta`` with ``alpha = cos``, ``sigma = sin``, and ``d theta / dt``, both in float64."""
-        if t.device not in self._tables:
-            self._tables[t.device] = (self._angle.to(t.device), self._log_ratio.to(t.device))
-        angle, log_ratio = self._tables[t.device]
+        angle, log_ratio = self._tables_on(t.device)
         n = self.num_train_timesteps
         position = t.double() * n
         k = position.detach().floor().long().clamp(0, n - 1)
@@ -347,6 +370,20 @@ class DiscreteVP(Interpolant):
     def _timestep(self, t):
         return t * self.num_train_timesteps - 1
 
+    def time_at(self, alpha, sigma):
+        alpha, sigma = alpha.double(), sigma.double()
+        theta = torch.atan2(sigma, alpha).contiguous()
+        angle, log_ratio = self._tables_on(theta.device)
+        n = self.num_train_timesteps
+        k = (torch.searchsorted(angle, theta.detach(), right=True) - 1).clamp(0, n - 1)
+        lo, hi = log_ratio[k], log_ratio[k + 1]
+        finite = torch.isfinite(lo) & torch.isfinite(hi)
+        lo, hi = lo.where(finite, 0), hi.where(finite, 1)
+        ratio = (sigma / alpha.where(finite, 1)).where(finite, 1)
+        by_ratio = (ratio.log() - lo) / (hi - lo)
+        by_angle = (theta - angle[k]) / (angle[k + 1] - angle[k])
+        return ((k + by_ratio.where(finite, by_angle)) / n).clamp(0, 1)
+
 
 class VarianceExploding(Interpolant):
     """``alpha = 1``, ``sigma = sigma_max t``: the path of EDM, its noise level scaled to end at ``t = 1``.
@@ -375,6 +412,9 @@ class VarianceExploding(Interpolant):
 
     def _timestep(self, t):
         return torch.log(self.sigma_max * t) / 4
+
+    def time_at(self, alpha, sigma):
+        return (sigma.double() / alpha.double() / self.sigma_max).clamp(max=1)
 
 
 _FLOW = {"FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler"}
