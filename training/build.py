@@ -75,7 +75,8 @@ def build(config: TrainConfig) -> Run:
             f"data={config.data.name!r} gives no samples, which objective={config.objective.name!r} needs; methods "
             "that make do with prompts or labels say needs_samples=False"
         )
-    return Run(config, pipe, student, objective, source, Inputs(pipe, student, source, config.seed))
+    inputs = Inputs(pipe, student, source, config.seed, conditioned=objective.needs_condition)
+    return Run(config, pipe, student, objective, source, inputs)
 
 
 def check_model(model: Model) -> None:

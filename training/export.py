@@ -19,8 +19,9 @@ def export(trainer: Trainer) -> Path:
     """Write the student with its averaged weights; returns the folder.
 
     A two-time student of a Diffusers network: ``flow_map/``, for :func:`genkit.hub.load_flow_map`. A LoRA: ``lora/``,
-    for ``pipe.load_lora_weights``. Anything else: ``pipeline/``, a Diffusers pipeline folder. Where the student is
-    frozen, the trained role in its place: a folder of its name, for the ``from_pretrained`` of its class.
+    for ``pipe.load_lora_weights``. Anything else, and whatever a method has a pipeline of its own for: ``pipeline/``, a
+    Diffusers pipeline folder. Where the student is frozen, the trained role in its place: a folder of its name, for the
+    ``from_pretrained`` of its class.
     """
     run = trainer.run
     output_dir = run.config.output_dir
@@ -35,6 +36,10 @@ def export(trainer: Trainer) -> Path:
     with trainer.averaged() if run is trainer.run else nullcontext():
         if isinstance(run.student, TwoTime):
             return save_flow_map(output_dir / "flow_map", run.student)
+        own = run.objective.pipeline(run.pipe)
+        if own is not None:
+            own.save_pretrained(output_dir / "pipeline")
+            return output_dir / "pipeline"
         if run.config.adapter.kind == "lora":
             return save_lora(run.student, output_dir / "lora")
         before = run.pipe.scheduler

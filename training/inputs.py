@@ -19,16 +19,18 @@ class Inputs:
 
     Pictures are encoded where the pipeline has a VAE and the source gives what it takes; prompts by the pipeline's
     text encoders, the empty text being the unconditional branch; labels stay numbers. Everything random about item
-    ``i`` is a function of ``(seed, i)``.
+    ``i`` is a function of ``(seed, i)``. Unless ``conditioned``, conditions are empty.
 
     Raises:
         ValueError: a source of the wrong shape, with too many classes, or without what the network is conditioned on.
     """
 
-    def __init__(self, pipe, student: Denoiser, source: Source, seed: int):
+    def __init__(self, pipe, student: Denoiser, source: Source, seed: int, *, conditioned: bool = True):
         self.pipe, self.student, self.seed = pipe, student, hash_seed(seed, 0x766165)
         self.name = type(source).__name__
         shape, self.labels, self.prompts = _wanted(student)
+        if not conditioned:
+            self.labels, self.prompts = None, False
         self.shape = getattr(source.config, "sample_shape", None) or shape
         vae: Any = getattr(pipe, "vae", None)
         given = source.shape

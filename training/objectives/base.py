@@ -91,7 +91,9 @@ class Objective(nn.Module, ABC):
     """A training method.
 
     A subclass names its settings in ``Config``, says what it needs in the class variables, and yields its losses.
-    ``needs_samples`` is false where prompts or labels suffice.
+    ``needs_samples`` is false where prompts or labels suffice, ``full_precision`` true where ``mixed_precision`` would
+    drown what is learned from.
+    ``needs_condition`` is false where the method brings its own condition and the data need not.
     All random draws come from ``rng``, whose row ``j`` belongs to item ``j`` of the micro-batch, so that a loss does
     not depend on how a global batch was cut into micro-batches or spread over processes.
 
@@ -103,6 +105,8 @@ class Objective(nn.Module, ABC):
 
     Config: ClassVar[type[BaseModel]] = ObjectiveConfig
     needs_samples: ClassVar[bool] = True
+    needs_condition: ClassVar[bool] = True
+    full_precision: ClassVar[bool] = False
     needs_flow_map: ClassVar[bool] = False
     needs_teacher: ClassVar[Literal["never", "optional", "required"]] = "never"
 
@@ -127,6 +131,14 @@ class Objective(nn.Module, ABC):
         Jumps on its path where the student learns to jump, else the same.
         """
         return FlowMapScheduler.from_scheduler(scheduler) if self.needs_flow_map else copy.deepcopy(scheduler)
+
+    def restored(self, fields: Mapping[str, Tensor]) -> Tensor | None:
+        """What the student makes of the data's ``fields``, in its space; ``None`` where it draws samples from noise."""
+        return None
+
+    def pipeline(self, pipe: Any) -> Any | None:
+        """What the student in ``pipe`` is exported as, where neither ``pipe`` nor a LoRA can say how it is used."""
+        return None
 
     @property
     def roles(self) -> Mapping[str, Role]:
