@@ -10,7 +10,7 @@ from genkit.training.config import TrainConfig, load_config
 
 
 def train(config: TrainConfig, *, quiet: bool = False) -> Path:
-    """Train what ``config`` says and export the student; returns the folder it is in.
+    """Train what ``config`` says, in rounds where it has any, and export the student; returns the folder it is in.
 
     Raises:
         ValueError, DivergedError, CheckpointError, Stopped: as :class:`genkit.training.trainer.Trainer`.
@@ -22,6 +22,10 @@ def train(config: TrainConfig, *, quiet: bool = False) -> Path:
     from genkit.training.trainer import Trainer
 
     try:
+        if config.rounds is not None:
+            from genkit.training.rounds import self_play
+
+            return self_play(config, quiet=quiet)
         trainer = Trainer(build(config), quiet=quiet)
         trainer.train()
         folder = export(trainer) if trainer.accelerator.is_main_process else config.output_dir

@@ -117,6 +117,25 @@ class Health(Section):
     patience: int = Field(3, ge=1)
 
 
+class Rounds(Section):
+    """Self-play (:mod:`genkit.training.rounds`): ``count`` rounds, each against the best student of the one before.
+
+    A round generates ``num_fakes`` samples of its reference (unset: the method draws them itself), trains a student for
+    every combination of ``grid`` (settings of the objective, each with the values to try), and keeps the averaged
+    weights that score best at any multiple of ``evaluate_every`` steps: Frechet distance of ``num_samples`` samples
+    from the data by ``extractor`` of ``genkit.eval``, unset the energy distance in the network's space.
+    """
+
+    count: int = Field(4, ge=1)
+    grid: dict[str, list[Any]] = {}
+    num_fakes: int | None = Field(50_000, ge=1)
+    num_samples: int = Field(10_000, ge=2)
+    num_inference_steps: int = Field(50, ge=1)
+    batch_size: int = Field(64, ge=1)
+    evaluate_every: int = Field(ge=1)
+    extractor: str | None = None
+
+
 class TrainConfig(Section):
     """Settings of a training run. Names are those of Diffusers' training scripts where these have the setting.
 
@@ -153,6 +172,7 @@ class TrainConfig(Section):
     logging_steps: int = Field(10, ge=1)
     sampling: Sampling = Sampling()
     health: Health = Health()
+    rounds: Rounds | None = None
 
     @field_validator("report_to", mode="before")
     @classmethod
@@ -207,6 +227,15 @@ class TrainConfig(Section):
             raise ValueError(f"teacher=None: objective={self.objective.name!r} needs the folder of a teacher pipeline")
         if cls.needs_teacher == "never" and self.teacher is not None:
             raise ValueError(f"teacher={self.teacher!r}: objective={self.objective.name!r} takes no teacher")
+        if cls.full_precision and self.mixed_precision != "no":
+            raise ValueError(
+                f"mixed_precision={self.mixed_precision!r}: objective={self.objective.name!r} learns from small "
+                "differences of large numbers and needs mixed_precision=no"
+            )
+        if self.rounds is not None:
+            from genkit.training.rounds import check
+
+            check(self)
         return self
 
 

@@ -1,6 +1,7 @@
 """Samples and metrics in the course of a run."""
 
 import json
+from typing import Any
 
 import numpy
 import torch
@@ -11,9 +12,29 @@ from torch import Tensor
 
 from genkit.eval.inputs import to_uint8
 from genkit.eval.run import evaluate
+from genkit.pipelines.classic import classic_pipeline, set_schedule
 from genkit.rng import ItemRNG, hash_seed
 from genkit.sampling import sample, set_timesteps
 from genkit.training.build import Run
+
+
+def draw(run: Run, read: dict[str, Any], rng: ItemRNG, num_inference_steps: int, shape: tuple[int, ...]) -> Tensor:
+    """Clean samples ``(B, *shape)`` of the student without guidance, float32, in its space.
+
+    Args:
+        read: a batch of a source; its labels or prompts are what samples are drawn under.
+        rng: of one row a sample, on the device of the network.
+    """
+    scheduler = run.objective.scheduler(run.pipe.scheduler)
+    device = rng.items.device
+    if getattr(scheduler.config, "use_dynamic_shifting", False):  # by the size of the picture
+        classic = classic_pipeline(run.student.module, {**run.pipe.components, "scheduler": scheduler})
+        set_schedule(classic, shape, num_inference_steps, device)
+    else:
+        set_timesteps(scheduler, num_inference_steps, device)
+    x = rng.normal(shape) * getattr(scheduler, "init_noise_sigma", 1.0)
+    condition = run.inputs.condition(read, device)
+    return sample(run.student, scheduler, x, condition, generators=rng.generators()).float()
 
 
 class Sampler:
@@ -35,13 +56,12 @@ class Sampler:
 
     def draw(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
         """Clean samples ``(num_samples, *shape)``, float32, in the student's space."""
-        scheduler = self.run.objective.scheduler(self.run.pipe.scheduler)
-        set_timesteps(scheduler, self.settings.num_inference_steps, device)
-        n = self.settings.num_samples
-        noise = ItemRNG(hash_seed(self.run.config.seed, 0x73616D70), range(n), device).normal(shape)
-        condition = self.run.inputs.condition(self.read, device)
-        x = noise * getattr(scheduler, "init_noise_sigma", 1.0)
-        return sample(self.run.student, scheduler, x, condition).float()
+        fields = {k: v.to(device) for k, v in self.read.items() if isinstance(v, Tensor)}
+        restored = self.run.objective.restored(fields)
+        if restored is not None:
+            return restored.float()
+        n, seed = self.settings.num_samples, hash_seed(self.run.config.seed, 0x73616D70)
+        return draw(self.run, self.read, ItemRNG(seed, range(n), device), self.settings.num_inference_steps, shape)
 
     def record(self, samples: Tensor, step: int, accelerator: Accelerator, measures: dict[str, float]) -> None:
         """A picture in ``samples/``, a line in ``samples/metrics.jsonl`` with ``measures`` and the evaluation's."""

@@ -3,7 +3,7 @@
 import logging
 import math
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -97,8 +97,8 @@ class Trainer:
 
     # -- the loop ----------------------------------------------------------------------------------------------
 
-    def train(self) -> None:
-        """Run to ``max_train_steps``.
+    def train(self, after_step: Callable[[int], None] | None = None) -> None:
+        """Run to ``max_train_steps``; ``after_step`` is called with the number of steps taken, after each.
 
         Raises:
             Stopped: SIGTERM or SIGINT came; the run was saved after the step under way.
@@ -107,8 +107,9 @@ class Trainer:
             CheckpointError: a checkpoint could not be written.
         """
         with self._signals.listening():
-            for _ in self.steps():
-                pass
+            for step in self.steps():
+                if after_step is not None:
+                    after_step(step)
 
     def steps(self) -> Iterator[int]:
         """The same, a step at a time: yields the number of steps taken. Signals are left to the caller."""
