@@ -1,13 +1,13 @@
 """Images in a few jumps of a flow map that was distilled from a text-to-image or class-conditional model."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from genkit.denoisers import FlowMap, TwoTime, from_pipeline
+from genkit.denoisers import Condition, FlowMap, TwoTime, from_pipeline
 from genkit.denoisers.network import unwrap
 from genkit.hub import load_flow_map
 from genkit.pipelines.base import DenoiserPipeline, PipelineOutput, with_parts
@@ -62,6 +62,46 @@ class FewStepPipeline(DenoiserPipeline):
         if not hasattr(self.scheduler, "jump_target"):
             self.register_modules(scheduler=FlowMapScheduler.from_scheduler(self.scheduler))
 
+    @property
+    def scalars(self) -> Mapping[str, float]:
+        """Numbers that the student can be told (``guidance_scale`` ...), with what it is told by default."""
+        part = self._network_config if self.gap_embedder is None else self.gap_embedder.config
+        return part.get("scalars") or {}
+
+    @property
+    def embeds_guidance(self) -> bool:
+        return "guidance_scale" in self.scalars or super().embeds_guidance
+
+    def _choose_guider(self, guider, guidance_scale, arguments):
+        if guidance_scale is not None and not self.embeds_guidance:
+            raise ValueError(
+                f"guidance_scale={guidance_scale}: the student is not told one, what guidance it has is trained in; "
+                "train it with a range of objective.guidance_scale to choose one here"
+            )
+        return super()._choose_guider(guider, guidance_scale, arguments)
+
+    def encode(self, prompt=None, *, class_labels=None, height=None, width=None, **arguments) -> Condition:
+        """As :meth:`genkit.pipelines.base.DenoiserPipeline.encode`; beside it the student's scalars, one or one each.
+
+        Raises:
+            ValueError: a guidance scale that is not positive, another scalar that is not finite, or too few or many.
+        """
+        told = {name: arguments.pop(name, None) for name in self.scalars}
+        given = {name: value for name, value in told.items() if value is not None}
+        condition = super().encode(prompt, class_labels=class_labels, height=height, width=width, **arguments)
+        n = len(condition) or max((len(v) for v in given.values() if isinstance(v, (Sequence, Tensor))), default=1)
+        values = {}
+        for name, value in given.items():
+            numbers = torch.as_tensor(value, dtype=torch.float32, device=self._execution_device).reshape(-1)
+            if len(numbers) not in (1, n):
+                raise ValueError(f"{name} has {len(numbers)} values for {n} images; give one, or one an image")
+            if not numbers.isfinite().all() or name == "guidance_scale" and not (numbers > 0).all():
+                raise ValueError(
+                    f"{name}={value}: accepted are {'positive' if 'guidance' in name else 'finite'} numbers"
+                )
+            values[name] = numbers.expand(n).contiguous()
+        return condition.with_values(values) if values else condition
+
     def denoiser(self) -> FlowMap:
         """The flow map.
 
@@ -107,13 +147,18 @@ class FewStepPipeline(DenoiserPipeline):
             prompt, class_labels: what the network is told, by which of the two it takes; neither for an unconditional
                 network, which is given ``batch_size``.
             num_inference_steps: jumps, of one network call each.
-            arguments: those of :class:`genkit.pipelines.text_to_image.TextToImagePipeline`, guiders excepted.
-                ``guidance_scale`` is for networks that embed it (FLUX.1-dev); others have theirs trained in.
+            arguments: those of :class:`genkit.pipelines.text_to_image.TextToImagePipeline`, guiders excepted, and the
+                student's :attr:`scalars`. ``guidance_scale`` is for students that were trained with a range of it and
+                for networks that embed it (FLUX.1-dev); others have theirs trained in.
 
         Raises:
             ValueError: no student, arguments that the network does not take or that do not fit each other; before the
                 network is first called.
         """
+        if prompt is None and class_labels is None and arguments.get("batch_size"):
+            # A condition that brings scalars alone must have as many as there are images.
+            numbers = {k: v for k, v in arguments.items() if k in self.scalars and isinstance(v, (int, float))}
+            arguments |= {name: [value] * arguments["batch_size"] for name, value in numbers.items()}
         run = self._generate(
             num_inference_steps, prompt=prompt, class_labels=class_labels, output_type=output_type, **arguments
         )

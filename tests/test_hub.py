@@ -42,7 +42,7 @@ def child(code: str, *args, env: dict | None = None) -> str:
     return done.stdout
 
 
-def student(pipe, *, lora=True, alpha=8):
+def student(pipe, *, lora=True, alpha=8, scalars=None):
     """A flow map off its teacher in every weight that is trained; and the same as a function."""
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -52,9 +52,10 @@ def student(pipe, *, lora=True, alpha=8):
         add = getattr(denoiser.inner, "add_adapter", None)
         add(config) if add else inject_adapter_in_model(config, denoiser.inner)
     flow_map = TwoTime(denoiser)
+    flow_map.add_scalars(scalars or {})
     with torch.no_grad():
         for name, p in flow_map.module.named_parameters():
-            if "lora_B" in name or "gap_embedder.out" in name or not lora:
+            if "lora_B" in name or ("gap_embedder" in name and "out" in name) or not lora:
                 p.add_(torch.randn_like(p) * 0.05)
     return flow_map
 
@@ -87,6 +88,18 @@ def test_flow_map_loads_into_a_fresh_pipeline(name, tiny_pipeline, tmp_path):
     }
     after = jump(hub.load_flow_map(fresh, tmp_path), fresh, name)
     torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_what_a_student_embeds_comes_back(lora, tiny_pipeline, tmp_path):
+    pipe, fresh = tiny_pipeline("sd3"), tiny_pipeline("sd3")
+    flow_map = student(pipe, lora=lora, scalars={"guidance_scale": 5.0})
+    hub.save_flow_map(tmp_path, flow_map)
+    loaded = hub.load_flow_map(fresh, tmp_path)
+    assert loaded.scalars == {"guidance_scale": 5.0}
+    torch.testing.assert_close(jump(loaded, fresh, "sd3"), jump(flow_map, pipe, "sd3"), rtol=1e-5, atol=1e-5)
+    flow_map.add_scalars({"guidance_scale": 2.0})
+    assert (jump(loaded, fresh, "sd3") - jump(flow_map, pipe, "sd3")).abs().max() > 1e-4  # and it is told that
 
 
 @pytest.mark.parametrize("name", ("sd15", "sdxl", "sd3", "flux"))

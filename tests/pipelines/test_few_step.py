@@ -19,7 +19,10 @@ NAMES = ("sd15", "sdxl", "sd3", "flux", "dit")
 ALL = pytest.mark.parametrize("name", NAMES)
 
 
-def write_student(pipe, folder, lora=True):
+SCALARS = {"guidance_scale": 4.0, "t_low": 0.25}
+
+
+def write_student(pipe, folder, lora=True, scalars=None):
     """A student off its teacher in every weight that is trained."""
     denoiser = from_pipeline(pipe)
     if lora:
@@ -27,9 +30,11 @@ def write_student(pipe, folder, lora=True):
         add = getattr(denoiser.inner, "add_adapter", None)
         add(config) if add else inject_adapter_in_model(config, denoiser.inner)
     flow_map = TwoTime(denoiser)
+    if scalars:
+        flow_map.add_scalars(scalars)
     with torch.no_grad():
         for key, p in flow_map.module.named_parameters():
-            if "lora_B" in key or "gap_embedder.out" in key or not lora:
+            if "lora_B" in key or ("gap_embedder" in key and "out" in key) or not lora:
                 p.add_(torch.randn_like(p) * 0.05)
     hub.save_flow_map(folder, flow_map)
     return flow_map
@@ -78,10 +83,10 @@ def test_the_samples_of_the_flow_map(name, lora, tiny_pipeline, tmp_path):
 def test_saved_and_loaded_in_a_fresh_process(tiny_pipeline, tmp_path, fresh_process):
     expected = {}
     for name in NAMES:
-        write_student(tiny_pipeline(name), tmp_path / "student" / name)
+        write_student(tiny_pipeline(name), tmp_path / "student" / name, scalars=SCALARS)
         pipe = quiet(FewStepPipeline.from_pipe(tiny_pipeline(name)))
         pipe.load_flow_map(tmp_path / "student" / name)
-        expected[name] = image(pipe, name)
+        expected[name] = image(pipe, name, guidance_scale=[2.0, 7.0])
         pipe.save_pretrained(tmp_path / name)
     got = fresh_process(
         "from genkit.pipelines import FewStepPipeline\n"
@@ -89,7 +94,8 @@ def test_saved_and_loaded_in_a_fresh_process(tiny_pipeline, tmp_path, fresh_proc
         "latents, images = ItemRNG(0, range(2)).normal((4, 16, 16)), {}\n"
         f"for name, inputs in { ({name: inputs(name) for name in NAMES})!r}.items():\n"
         f"    pipe = FewStepPipeline.from_pretrained({str(tmp_path)!r} + '/' + name)\n"
-        "    images[name] = pipe(num_inference_steps=2, latents=latents, output_type='pt', **inputs).images.tolist()\n"
+        "    inputs |= dict(num_inference_steps=2, latents=latents, output_type='pt', guidance_scale=[2.0, 7.0])\n"
+        "    images[name] = pipe(**inputs).images.tolist()\n"
         "print(json.dumps(images))"
     )
     for name in NAMES:
@@ -128,6 +134,47 @@ def test_a_network_of_two_times_needs_no_embedder():
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
+@ALL
+def test_the_scale_that_the_student_is_told(name, tiny_pipeline, tmp_path):
+    flow_map = write_student(tiny_pipeline(name), tmp_path, scalars=SCALARS)
+    pipe = quiet(FewStepPipeline.from_pipe(tiny_pipeline(name)))
+    pipe.load_flow_map(tmp_path)
+    assert pipe.scalars == flow_map.scalars == SCALARS
+    plain = image(pipe, name, output_type="latent")
+    assert torch.equal(image(pipe, name, output_type="latent", **SCALARS), plain)  # what it is told unless asked
+    got = image(pipe, name, output_type="latent", guidance_scale=[4.0, 9.0])
+    torch.testing.assert_close(got[0], plain[0], rtol=1e-4, atol=1e-4)
+    assert (got[1] - plain[1]).abs().max() > 1e-3
+    several = image(pipe, name, output_type="latent", guidance_scale=9.0, latents=latents()[[0, 0, 1, 1]],
+                    num_images_per_prompt=2)  # fmt: skip
+    torch.testing.assert_close(several[3], got[1], rtol=1e-4, atol=1e-4)
+    for value, message in (
+        (0.0, "guidance_scale=0.0: accepted are positive"),
+        ([1.0, -2.0], "accepted are positive"),
+        ([1.0] * 3, "guidance_scale has 3 values for 2 images"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            image(pipe, name, guidance_scale=value)
+    with pytest.raises(ValueError, match="t_low=nan: accepted are finite"):
+        image(pipe, name, t_low=float("nan"))
+
+
+def test_a_network_of_two_times_is_told_a_scale(tmp_path):
+    torch.manual_seed(0)
+    net = DiT(hidden_size=16, num_layers=1, num_heads=2, patch_size=4, num_classes=0, scalars={"guidance_scale": 3.0})
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    FewStepPipeline(scheduler=FlowMapScheduler(), transformer=net.eval()).save_pretrained(tmp_path)
+    pipe = quiet(FewStepPipeline.from_pretrained(tmp_path))
+    x = ItemRNG(0, range(3)).normal((1, 8, 8))
+    for w in (3.0, 6.0):
+        told = {} if w == 3 else {"guidance_scale": w}
+        got = pipe(batch_size=3, num_inference_steps=1, latents=x, output_type="latent", **told).images
+        with torch.no_grad():
+            expected = x - net(x, torch.ones(3), torch.zeros(3), None, {"guidance_scale": torch.full((3,), 1 - 1 / w)})
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_offload(tiny_pipeline, tmp_path):
     write_student(tiny_pipeline("sd3"), tmp_path)
     pipe = quiet(FewStepPipeline.from_pipe(tiny_pipeline("sd3")))
@@ -151,7 +198,7 @@ def test_bad_input(tiny_pipeline, tmp_path):
     pipe.load_flow_map(tmp_path)
     pipe.network.register_forward_pre_hook(lambda *_: pytest.fail("the network was called"))
     for changes, message in (
-        (dict(guidance_scale=2.0), "gives no clean-sample prediction to guide"),
+        (dict(guidance_scale=2.0), "guidance_scale=2.0: the student is not told one"),
         (dict(class_labels=[1]), "takes a prompt"),
         (dict(num_inference_steps=0), "num_inference_steps=0"),
         (dict(guider=CFG()), "gives no clean-sample prediction to guide"),
