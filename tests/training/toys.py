@@ -12,10 +12,13 @@ from genkit.data.eight_gaussians import EightGaussians
 from genkit.denoisers import FunctionDenoiser
 from genkit.denoisers.base import Condition
 from genkit.interpolants import Linear
+from genkit.registry import members
 from genkit.training.build import Run, build
 from genkit.training.config import TrainConfig
+from genkit.training.export import export
 from genkit.training.objectives.base import Batch, Loss, Objective, Phase, Role
 from genkit.training.trainer import Trainer
+from tests.training.ready import READY, Case
 
 
 def settings(output_dir, **changes) -> dict:
@@ -131,22 +134,35 @@ def losses(folder) -> list[dict]:
     return [{k: v for k, v in line.items() if k == "step" or k.startswith("loss")} for line in lines]
 
 
-PARALLEL = {
-    "flow_matching": dict(objective=dict(name="flow_matching")),
-    "lsd": dict(objective=dict(name="flow_map", loss="lsd", diagonal_fraction=0.5)),
-    "psd_u": dict(objective=dict(name="flow_map", loss="psd_u"), gradient_accumulation_steps=2),
-}
+def teacher(folder) -> Path:
+    """A pipeline on digits that has learned something: its folder."""
+    trainer = run(digits(folder, max_train_steps=200, checkpointing_steps=200, global_batch_size=32))
+    return export(trainer)
 
 
-def parallel(folder: Path) -> None:
+def case_settings(folder, name: str, case: Case, teacher: Path, **changes) -> dict:
+    """Settings of a run by ``case`` of objective ``name``, from the weights of ``teacher``."""
+    objective = members("genkit.training.objectives", Objective)[name]
+    values = dict(model=dict(pretrained=str(teacher)), objective=dict(name=name, **case.objective))
+    if case.teacher or objective.needs_teacher == "required":
+        values["teacher"] = str(teacher)
+    return settings(folder, **(values | case.run | changes))
+
+
+PARALLEL = {f"{name}-{i}": (name, case) for name, cases in READY.items() for i, case in enumerate(cases)}
+
+
+def parallel(folder: Path, pipeline: Path) -> None:
     """Under ``accelerate launch``: the same runs as on one process, and whether ranks agree on weights."""
     torch.set_num_threads(1)
     report = {}
-    for name, changes in PARALLEL.items():
-        trainer = run(digits(folder / name, max_train_steps=6, checkpointing_steps=6, **changes))
-        own = torch.cat([p.detach().flatten() for p in trainer.run.student.module.parameters()])
+    for key, (name, case) in PARALLEL.items():
+        changes = dict(max_train_steps=4, checkpointing_steps=4, logging_steps=2)
+        config = TrainConfig(**case_settings(folder / key, name, case, pipeline, **changes))
+        trainer = run(Trainer(build(config.check()), quiet=True))
+        own = torch.cat([p.detach().flatten() for p in trainer.objective.parameters()])
         everyone = trainer.accelerator.gather(own[None].contiguous())
-        report[name] = (everyone - everyone[:1]).abs().max().item()
+        report[key] = (everyone - everyone[:1]).abs().max().item()
         processes, main = trainer.accelerator.num_processes, trainer.accelerator.is_main_process
     trainer = adversarial(folder / "adversarial", max_train_steps=6, checkpointing_steps=6)
     for module in trainer.objective.modules():  # statistics of a batch, and dropout, are not the items' own
@@ -158,5 +174,5 @@ def parallel(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    parallel(Path(sys.argv[1]))
+    parallel(*map(Path, sys.argv[1:]))
     PartialState().destroy_process_group()
