@@ -116,6 +116,65 @@ def sample(
     typer.echo(folder)
 
 
+@app.command()
+def pairs(
+    pipeline: Annotated[str, typer.Argument(help="Folder of a pipeline, genkit's or Diffusers', or owner/name.")],
+    output: Annotated[Path, typer.Option(help="Folder for the shards and pairs.json.")],
+    num: Annotated[int, typer.Option(help="How many pairs.")],
+    prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be given several times.")] = None,
+    labels: Annotated[
+        str | None, typer.Option(help="Class labels, by number or name, separated by commas; all by default.")
+    ] = None,
+    inputs: Annotated[Path | None, typer.Option(help="File with a prompt or a label a line, beside those.")] = None,
+    num_inference_steps: Annotated[
+        int | None, typer.Option("--steps", help="Steps of the scheduler; the pipeline's own number by default.")
+    ] = None,
+    guider: Annotated[str | None, typer.Option(help="Guider by name, with settings: cfg:guidance_scale=5.")] = None,
+    scheduler: Annotated[
+        str | None, typer.Option(help="Scheduler by name, with settings: pndm, DPMSolverMultistepScheduler.")
+    ] = None,
+    arguments: Annotated[
+        str, typer.Option("--set", help="Others of the pipeline's call: height=512,negative_prompt='blurry'.")
+    ] = "",
+    seed: Annotated[int, typer.Option(help="Pair i depends on (seed, i) alone.")] = 0,
+    batch_size: Annotated[int, typer.Option(help="Pairs at a time; does not change them.")] = 64,
+    shard_size: Annotated[int, typer.Option(help="Pairs a file.")] = 512,
+    store_noise: Annotated[
+        bool, typer.Option("--store-noise", help="Store the noise too, instead of drawing it again from the seed.")
+    ] = False,
+    x0_dtype: Annotated[str, typer.Option(help="Samples are stored as float32, float16 or bfloat16.")] = "float32",
+    device: Annotated[str | None, typer.Option(help="Where to compute; the best there is by default.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
+    offload: Annotated[bool, typer.Option("--offload", help="Keep on the device only what is computing.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Make pairs of noise and a model's samples, to straighten or distil the model; run again, it goes on."""
+    from genkit.pipelines.pairs import make_pairs
+
+    folder = make_pairs(
+        pipeline,
+        output,
+        num=num,
+        prompts=prompt or [],
+        labels=[] if labels is None else labels.split(","),
+        inputs=inputs,
+        num_inference_steps=num_inference_steps,
+        guider=guider,
+        scheduler=scheduler,
+        arguments=arguments,
+        seed=seed,
+        batch_size=batch_size,
+        shard_size=shard_size,
+        store_noise=store_noise,
+        x0_dtype=x0_dtype,
+        device=device,
+        dtype=dtype,
+        offload=offload,
+        quiet=quiet,
+    )
+    typer.echo(folder)
+
+
 @evaluation.command("run")
 def evaluate(
     reference: Annotated[str, typer.Argument(help="Real images: a folder, .npz, saved statistics, or 'digits'.")],

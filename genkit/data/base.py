@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from genkit.rng import ItemRNG, hash_seed
 
@@ -55,6 +55,10 @@ class Source(ABC):
     def rng(self, items: Tensor) -> ItemRNG:
         """The random stream of each of ``items``; no other source, and nothing in training, shares it."""
         return ItemRNG(hash_seed(self.config.seed, *type(self).__qualname__.encode()), items)
+
+    def check_network(self, network: nn.Module) -> None:
+        """Told of the network that is to be trained, as it was before any adapter; raises if it is the wrong one."""
+        return
 
     def __len__(self) -> int:
         return sys.maxsize if self.length is None else self.length

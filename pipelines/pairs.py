@@ -1,0 +1,246 @@
+"""What ``genkit pairs`` does: noise and where a model takes it, as data to train on."""
+
+import hashlib
+import inspect
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from genkit.data.pairs import (
+    FORMAT,
+    MANIFEST,
+    check_noise,
+    fingerprint,
+    noise,
+    read_manifest,
+    sha256,
+    shard_count,
+    shard_items,
+    shard_paths,
+    shard_record,
+)
+from genkit.denoisers.network import unwrap
+from genkit.pipelines.base import DenoiserPipeline
+from genkit.pipelines.by_name import parse_guider, parse_scheduler, parse_settings
+from genkit.pipelines.commands import _TAKEN, DTYPES, _asked, _lines, _num_classes, _plain, _try, load_pipeline
+from genkit.registry import unknown
+from genkit.rng import ItemRNG
+
+
+def make_pairs(
+    pipeline: str | Path,
+    output: Path,
+    *,
+    num: int,
+    prompts: Sequence[str] = (),
+    labels: Sequence[str] = (),
+    inputs: Path | None = None,
+    num_inference_steps: int | None = None,
+    guider: str | None = None,
+    scheduler: str | None = None,
+    arguments: str = "",
+    seed: int = 0,
+    batch_size: int = 64,
+    shard_size: int = 512,
+    store_noise: bool = False,
+    x0_dtype: str = "float32",
+    device: str | None = None,
+    dtype: str = "float32",
+    offload: bool = False,
+    quiet: bool = False,
+) -> Path:
+    """Write ``num`` pairs ``(eps, x0)``, ``x0`` in the network's space, for the data source ``pairs``; resumes.
+
+    ``pairs.json`` says what they are a function of, weights included. A shard is a safetensors file with ``x0``,
+    ``item``, ``class_labels`` or prompts, and ``eps`` where asked for, and a JSON file written after it with its range
+    of items, those that were left out because they were not finite, and its checksum. Pair ``i`` is a pure function of
+    ``(seed, i)``: the batch size does not change it. A shard that is not whole is made again, and ``num`` may grow.
+
+    Args:
+        pipeline, prompts, labels, inputs, num_inference_steps, guider, scheduler, arguments, dtype, offload: as for
+            :func:`genkit.pipelines.commands.sample_to_folder`. Item ``i`` is made of prompt or label ``i``, and from
+            the first again after the last.
+        store_noise: store ``eps`` as float32 instead of drawing it again from the seed.
+        x0_dtype: what ``x0`` is stored as: ``float32``, ``float16`` or ``bfloat16``.
+
+    Raises:
+        ValueError: settings other than those of the pairs that are there; a scheduler that draws noise, so that pairs
+            would not be coupled; a pair that comes out differently than it was stored; a shard without any finite
+            sample.
+        FileNotFoundError: no pipeline there, or no file of inputs.
+    """
+    for name, count in {"num": num, "batch_size": batch_size, "shard_size": shard_size}.items():
+        if count < 1:
+            raise ValueError(f"{name}={count}: must be at least 1")
+    for name, value in {"dtype": dtype, "x0_dtype": x0_dtype}.items():
+        if value not in DTYPES:
+            raise ValueError(unknown(name, value, DTYPES))
+    lines = _lines(inputs)
+    rule = None if guider is None else parse_guider(guider)
+    extra = parse_settings("arguments", arguments)
+    # In float32, as training loads it, so that the weights can be told again there.
+    pipe = load_pipeline(pipeline, dtype=torch.float32)
+    weights = fingerprint(unwrap(pipe.network))
+    if dtype != "float32":  # anew, since converting would lose what must stay in float32
+        pipe = load_pipeline(pipeline, dtype=DTYPES[dtype])
+    if scheduler is not None:
+        pipe.register_modules(scheduler=parse_scheduler(scheduler, pipe.scheduler))
+    call = inspect.signature(type(pipe).__call__).parameters
+    steps = call["num_inference_steps"].default if num_inference_steps is None else num_inference_steps
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in call.values())
+    for name in extra:
+        if name in _TAKEN or not open_ended and name not in call:
+            raise ValueError(unknown("arguments: setting", name, call.keys() - _TAKEN))
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    pipe.enable_model_cpu_offload(device=device) if offload else pipe.to(device)
+    pipe.set_progress_bar_config(disable=True)
+    if lines:
+        prompts, labels = ([*prompts, *lines], labels) if pipe.classic is not None else (prompts, [*labels, *lines])
+    asked, given = _asked(pipe, prompts, labels)
+    shape = _try(pipe, rule, given, asked[0], steps, extra)
+    if rule is not None:
+        extra["guider"] = rule
+    manifest = {
+        "format": FORMAT,
+        "pipeline": str(Path(pipeline).resolve()) if Path(pipeline).exists() else str(pipeline),
+        "network": type(unwrap(pipe.network)).__name__,
+        "weights": weights,
+        "scheduler": _plain(pipe.scheduler),
+        "num_inference_steps": steps,
+        "guider": None if rule is None else _plain(rule),
+        "arguments": {k: v for k, v in extra.items() if k != "guider"},
+        "asked": {"as": given, "count": len(asked), "sha256": _sha256_of(asked)},
+        "num_classes": _num_classes(pipe.network) if given == "class_labels" else None,
+        "shape": list(shape),
+        "dtype": dtype,
+        "x0_dtype": x0_dtype,
+        "store_noise": store_noise,
+        "seed": seed,
+        "noise_check": noise(seed, [0], shape).flatten()[:8].tolist(),
+        "shard_size": shard_size,
+        "num": num,
+    }
+    sampler = _Sampler(pipe, steps, asked, given, extra, manifest)
+    _open(output, manifest)
+    sampler.check(output)
+    missing = [k for k in range(shard_count(manifest)) if shard_record(output, manifest, k) is None]
+    left = sum(len(shard_items(manifest, k)) for k in missing)
+    with tqdm(total=num, initial=num - left, unit="pair", disable=quiet or None) as bar:
+        for number in missing:
+            items = shard_items(manifest, number)
+            parts = []
+            for start in range(items.start, items.stop, batch_size):
+                parts.append(sampler(range(start, min(start + batch_size, items.stop))))
+                bar.update(len(parts[-1]))
+            _write_shard(output, manifest, number, torch.cat(parts), [asked[i % len(asked)] for i in items])
+    return output
+
+
+class _Sampler:
+    """``x0`` of items, ``(B, *shape)`` float32 on the CPU."""
+
+    def __init__(self, pipe: DenoiserPipeline, steps: int, asked: list, given: str | None, extra: dict, manifest: dict):
+        self.pipe, self.steps, self.asked, self.given, self.extra = pipe, steps, asked, given, extra
+        self.manifest = manifest
+
+    def __call__(self, items: range, stream: int = 0) -> Tensor:
+        m = self.manifest
+        what: dict[str, Any] = {"batch_size": len(items)}
+        if self.given:
+            what = {self.given: [self.asked[i % len(self.asked)] for i in items]}
+        out = self.pipe(
+            num_inference_steps=self.steps,
+            latents=noise(m["seed"], items, tuple(m["shape"])),
+            generator=ItemRNG(m["seed"] + stream, items).generators(),
+            output_type="latent",
+            **what,
+            **self.extra,
+        )
+        return out.images.float().cpu()
+
+    def check(self, folder: Path) -> None:
+        """Make the first pair: it must not hang on any noise but its own, and be what it was if it is there already."""
+        first = self(range(1))
+        spread = first.std().item() if first.numel() > 1 else 1.0
+        again = self(range(1), stream=1)
+        if first.isfinite().all() and not torch.allclose(first, again, atol=0.01 * spread, rtol=0):
+            raise ValueError(
+                f"scheduler={type(self.pipe.scheduler).__name__} draws noise while sampling, so the end does not "
+                "follow from the start and is no pair with it; use a deterministic one, such as DDIMScheduler"
+            )
+        if shard_record(folder, self.manifest, 0) is None:
+            return
+        stored = load_file(shard_paths(folder, 0)[0])
+        if stored["item"][:1].tolist() == [0]:
+            was = stored["x0"][:1].float()
+            if not torch.allclose(first, was, atol=0.05 * spread, rtol=0):
+                raise ValueError(
+                    f"output={str(folder)!r}: pair 0 made again differs by {(first - was).abs().max():.3g} from the "
+                    "stored one; the pairs were made with another machine, version or network: choose another folder"
+                )
+
+
+def _open(folder: Path, manifest: dict[str, Any]) -> None:
+    """Write the manifest, after a check that what is there was made with the same settings."""
+    file = folder / MANIFEST
+    if file.is_file():
+        there = read_manifest(folder)
+        plain = json.loads(json.dumps(manifest))
+        differs = sorted(k for k in plain.keys() | there.keys() if plain.get(k) != there.get(k))
+        fixed = [k for k in differs if k not in ("num", "noise_check")]
+        if fixed:
+            was = {key: there.get(key) for key in fixed}
+            raise ValueError(f"output={str(folder)!r} holds pairs made with {was}; choose another folder")
+        check_noise(there, folder)
+        if there["num"] > manifest["num"]:
+            raise ValueError(f"num={manifest['num']}: output={str(folder)!r} has {there['num']} pairs already")
+    elif folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(f"output={str(folder)!r} is not empty and holds no {MANIFEST} of earlier pairs")
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_json(file, manifest)
+
+
+def _write_shard(folder: Path, manifest: dict[str, Any], number: int, x0: Tensor, asked: list) -> None:
+    """The tensors first, whole or not at all, then the record that makes them count."""
+    file, record = shard_paths(folder, number)
+    items = shard_items(manifest, number)
+    finite = x0.flatten(1).isfinite().all(1)
+    if not bool(finite.any()):
+        raise ValueError(
+            f"no sample of items {items.start} to {items.stop - 1} is finite with dtype={manifest['dtype']!r}; use "
+            "another dtype or scheduler"
+        )
+    item = torch.arange(items.start, items.stop)
+    kept = item[finite]
+    tensors = {"x0": x0[finite].to(DTYPES[manifest["x0_dtype"]]).contiguous(), "item": kept}
+    if manifest["store_noise"]:
+        tensors["eps"] = noise(manifest["seed"], kept, tuple(manifest["shape"]))
+    metadata = {"format": "pt"}
+    words = [value for value, good in zip(asked, finite.tolist(), strict=True) if good]
+    if manifest["asked"]["as"] == "class_labels":
+        tensors["class_labels"] = torch.tensor(words)
+    elif manifest["asked"]["as"] == "prompt":
+        metadata["prompts"] = json.dumps(words)
+    record.unlink(missing_ok=True)
+    part = file.with_name(file.name + ".part")
+    save_file(tensors, part, metadata)
+    checksum, size = sha256(part), part.stat().st_size
+    part.replace(file)
+    entry = {"first": items.start, "stop": items.stop, "count": len(kept), "skipped": item[~finite].tolist()}
+    _write_json(record, entry | {"bytes": size, "sha256": checksum})
+
+
+def _write_json(file: Path, value: dict[str, Any]) -> None:
+    part = file.with_name(file.name + ".part")
+    part.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    part.replace(file)
+
+
+def _sha256_of(asked: list) -> str:
+    return hashlib.sha256(json.dumps(asked, ensure_ascii=False).encode()).hexdigest()
