@@ -12,13 +12,15 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import nn
 
+from genkit.autoregressive import Autoregressive
 from genkit.data.base import Source
 from genkit.denoisers import TwoTime, from_pipeline
 from genkit.denoisers.base import Denoiser, FlowMap
+from genkit.networks.gpt import GPT
 from genkit.registry import lookup, members, unknown
 from genkit.rng import hash_seed
 from genkit.schedulers.base import PathScheduler
-from genkit.training.adapters import add_lora
+from genkit.training.adapters import add_lora, base_network
 from genkit.training.config import Model, Named, TrainConfig
 from genkit.training.inputs import Inputs, synthetic_settings
 from genkit.training.objectives.base import Objective
@@ -48,8 +50,8 @@ def build(config: TrainConfig) -> Run:
         for part in pipe.components.values():
             if isinstance(part, nn.Module):
                 part.requires_grad_(False).eval()
-        student = from_pipeline(pipe)
         cls = config.objective_class()
+        student = _student(pipe, cls, config)
         if cls.needs_flow_map and not isinstance(student, FlowMap):
             student = TwoTime(student)  # type: ignore[arg-type]
         student.module.requires_grad_(config.adapter.kind == "full")
@@ -59,8 +61,8 @@ def build(config: TrainConfig) -> Run:
             _checkpoint_gradients(student)
         teacher = None
         if config.teacher is not None:
-            teacher = from_pipeline(load_pipeline(config.teacher, "teacher"))
-            if type(teacher.interpolant) is not type(student.interpolant):
+            teacher = _student(load_pipeline(config.teacher, "teacher"), cls, config)
+            if isinstance(teacher, Denoiser) and type(teacher.interpolant) is not type(student.interpolant):
                 raise ValueError(
                     f"teacher={config.teacher!r} is on the path {type(teacher.interpolant).__name__}, the student on "
                     f"{type(student.interpolant).__name__}"
@@ -70,6 +72,7 @@ def build(config: TrainConfig) -> Run:
     if config.data.name == "synthetic" and "shape" not in settings:
         settings = synthetic_settings(pipe, student) | settings
     source = config.source_class()(**settings)
+    source.check_network(base_network(student))
     if source.shape is None and objective.needs_samples:
         raise ValueError(
             f"data={config.data.name!r} gives no samples, which objective={config.objective.name!r} needs; methods "
@@ -79,12 +82,28 @@ def build(config: TrainConfig) -> Run:
     return Run(config, pipe, student, objective, source, inputs)
 
 
+def _student(pipe: DiffusionPipeline, cls: type[Objective], config: TrainConfig) -> Any:
+    """What the objective trains, or is taught by, of ``pipe``."""
+    network = pipe.components.get("transformer")
+    student = Autoregressive(network) if isinstance(network, GPT) else from_pipeline(pipe)
+    if not isinstance(student, cls.student_type):
+        raise ValueError(
+            f"objective={config.objective.name!r} is for networks of the kind {cls.student_type.__name__}, "
+            f"{type(student.module).__name__} is of the kind {type(student).__name__}"
+        )
+    return student
+
+
 def check_model(model: Model) -> None:
     """Refuse an unknown network or scheduler, and unknown arguments of either."""
     if model.pretrained is not None:
         return
     network = lookup("genkit.networks", ModelMixin, model.network, setting="model.network")  # type: ignore[arg-type]
     _check_arguments(network, model.settings, "model")
+    if issubclass(network, GPT):
+        if "scheduler" in model.model_fields_set:
+            raise ValueError(f"model.scheduler: network={model.network!r} draws token after token and takes none")
+        return
     _check_arguments(_scheduler_class(model.scheduler), model.scheduler.settings, "model.scheduler")
 
 
@@ -116,11 +135,14 @@ def _folder(name: str, setting: str) -> Path | None:
 
 
 def _new(config: TrainConfig) -> DiffusionPipeline:
+    from genkit.pipelines.autoregressive import AutoregressivePipeline
     from genkit.pipelines.class_conditional import ClassConditionalPipeline
 
     model = config.model
     cls = lookup("genkit.networks", ModelMixin, model.network, setting="model.network")  # type: ignore[arg-type]
     network = _call(cls, model.settings, "model")
+    if isinstance(network, GPT):
+        return AutoregressivePipeline(transformer=network)
     scheduler = _call(_scheduler_class(model.scheduler), model.scheduler.settings, "model.scheduler")
     return ClassConditionalPipeline(transformer=network, scheduler=scheduler)
 

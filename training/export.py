@@ -42,13 +42,20 @@ def export(trainer: Trainer) -> Path:
             return output_dir / "pipeline"
         if run.config.adapter.kind == "lora":
             return save_lora(run.student, output_dir / "lora")
-        before = run.pipe.scheduler
-        run.pipe.scheduler = run.objective.scheduler(before)
-        try:
-            run.pipe.save_pretrained(output_dir / "pipeline")
-        finally:
-            run.pipe.scheduler = before
+        save_pipeline(run, output_dir / "pipeline")
     return output_dir / "pipeline"
+
+
+def save_pipeline(run: Run, folder: Path) -> None:
+    """Write the pipeline of the student, with the scheduler that its objective samples it with."""
+    before = run.pipe.components.get("scheduler")
+    if before is not None:
+        run.pipe.scheduler = run.objective.scheduler(before)
+    try:
+        run.pipe.save_pretrained(folder)
+    finally:
+        if before is not None:
+            run.pipe.scheduler = before
 
 
 def _whole_run(trainer: Trainer, role: TrainedRole) -> Run:

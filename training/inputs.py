@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from genkit.autoregressive import Autoregressive
 from genkit.data.base import Source
 from genkit.denoisers import TwoTime
 from genkit.denoisers.base import Condition, Denoiser
@@ -110,6 +111,8 @@ def _wanted(student: Denoiser) -> tuple[tuple[int, ...] | None, int | None, bool
 
     Networks that take prompts take other sizes than the one named too.
     """
+    if isinstance(student, Autoregressive):
+        return student.shape, student.network.config.num_classes, False
     adapter = student.denoiser if isinstance(student, TwoTime) else student
     config: Any = getattr(base_network(student), "config", {})
     names = getattr(adapter, "condition_names", ())

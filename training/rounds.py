@@ -20,9 +20,11 @@ from genkit.training import checkpoint, machine
 from genkit.training.adapters import base_network
 from genkit.training.build import Run, build
 from genkit.training.config import Model, Named, TrainConfig, validate
+from genkit.training.export import save_pipeline
 from genkit.training.fakes import save_whole, write_fakes
 from genkit.training.logs import flatten
 from genkit.training.objectives.base import DivergedError
+from genkit.training.samples import check_steps
 from genkit.training.scores import Score
 from genkit.training.trainer import Trainer
 
@@ -47,7 +49,14 @@ def check(config: TrainConfig) -> None:
         raise ValueError("rounds: the first reference is model.pretrained, which is not set")
     if config.teacher is not None:
         raise ValueError(f"teacher={config.teacher!r}: rounds make their references themselves, from model.pretrained")
-    accepted = config.objective_class().Config.model_fields
+    objective = config.objective_config()
+    online = getattr(objective, "fakes", "stored") == "online"
+    if online != (config.rounds.num_fakes is None):
+        raise ValueError(
+            f"rounds.num_fakes={config.rounds.num_fakes}: objective={config.objective.name!r} "
+            + ("draws fakes itself, accepted is null" if online else "needs fakes, accepted is their number")
+        )
+    accepted = type(objective).model_fields
     for name, values in config.rounds.grid.items():
         if name not in accepted:
             raise ValueError(unknown("rounds.grid: setting of the objective", name, accepted))
@@ -89,6 +98,7 @@ class _SelfPlay:
             raise ValueError(f"rounds: distributed_type={made.distributed_type.value} shards what is sampled; use DDP")
         self.device = made.device
         base = build(self._recipe(1))  # on the data as they are
+        check_steps(base, self.rounds, "rounds")
         self.data = Named(name=config.data.name, **base.source.config.model_dump(mode="json", exclude_unset=True))
         self.score = Score(base.source, self.rounds, hash_seed(config.seed, *b"score"))
 
@@ -194,9 +204,8 @@ class _SelfPlay:
                     weights[name].copy_(tensor)
             if self.config.adapter.kind == "lora":
                 _merge(base_network(run.student))
-            run.pipe.scheduler = run.objective.scheduler(run.pipe.scheduler)
-            temporary = self.config.output_dir / f"round-{n}/.writing-promoted"
-            run.pipe.save_pretrained(temporary)
+            temporary = self._folder(n) / ".writing-promoted"
+            save_pipeline(run, temporary)
             shutil.rmtree(self._folder(n) / "promoted", ignore_errors=True)  # of a run killed just after this
             os.replace(temporary, self._folder(n) / "promoted")
         self.machine.wait_for_everyone()

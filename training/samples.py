@@ -1,6 +1,7 @@
 """Samples and metrics in the course of a run."""
 
 import json
+import math
 from typing import Any
 
 import numpy
@@ -10,12 +11,14 @@ from diffusers.utils import make_image_grid
 from PIL import Image
 from torch import Tensor
 
+from genkit.autoregressive import Autoregressive
 from genkit.eval.inputs import to_uint8
 from genkit.eval.run import evaluate
 from genkit.pipelines.classic import classic_pipeline, set_schedule
 from genkit.rng import ItemRNG, hash_seed
 from genkit.sampling import sample, set_timesteps
 from genkit.training.build import Run
+from genkit.training.config import Rounds, Sampling
 
 
 def draw(run: Run, read: dict[str, Any], rng: ItemRNG, num_inference_steps: int, shape: tuple[int, ...]) -> Tensor:
@@ -25,16 +28,28 @@ def draw(run: Run, read: dict[str, Any], rng: ItemRNG, num_inference_steps: int,
         read: a batch of a source; its labels or prompts are what samples are drawn under.
         rng: of one row a sample, on the device of the network.
     """
-    scheduler = run.objective.scheduler(run.pipe.scheduler)
     device = rng.items.device
+    condition = run.inputs.condition(read, device)
+    if isinstance(run.student, Autoregressive):
+        uniform = rng.uniform((math.prod(shape),), dtype=torch.float64)
+        return run.student.pictures(run.student.sample(uniform, condition))
+    scheduler = run.objective.scheduler(run.pipe.scheduler)
     if getattr(scheduler.config, "use_dynamic_shifting", False):  # by the size of the picture
         classic = classic_pipeline(run.student.module, {**run.pipe.components, "scheduler": scheduler})
         set_schedule(classic, shape, num_inference_steps, device)
     else:
         set_timesteps(scheduler, num_inference_steps, device)
     x = rng.normal(shape) * getattr(scheduler, "init_noise_sigma", 1.0)
-    condition = run.inputs.condition(read, device)
     return sample(run.student, scheduler, x, condition, generators=rng.generators()).float()
+
+
+def check_steps(run: Run, settings: Sampling | Rounds, section: str) -> None:
+    """Refuse a number of steps for a student that takes as many as there are tokens."""
+    if isinstance(run.student, Autoregressive) and "num_inference_steps" in settings.model_fields_set:
+        raise ValueError(
+            f"{section}.num_inference_steps={settings.num_inference_steps}: an autoregressive model takes one a token; "
+            "leave it out"
+        )
 
 
 class Sampler:
@@ -46,6 +61,7 @@ class Sampler:
 
     def __init__(self, run: Run):
         self.run, self.settings = run, run.config.sampling
+        check_steps(run, self.settings, "sampling")
         self.folder = run.config.output_dir / "samples"
         n = self.settings.num_samples
         if self.settings.evaluate is not None and len(run.source) < n:

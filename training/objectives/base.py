@@ -91,6 +91,7 @@ class Objective(nn.Module, ABC):
     """A training method.
 
     A subclass names its settings in ``Config``, says what it needs in the class variables, and yields its losses.
+    ``student_type`` is what it trains, a denoiser or :class:`genkit.autoregressive.Autoregressive`.
     ``needs_samples`` is false where prompts or labels suffice, ``full_precision`` true where ``mixed_precision`` would
     drown what is learned from.
     ``needs_condition`` is false where the method brings its own condition and the data need not.
@@ -104,6 +105,7 @@ class Objective(nn.Module, ABC):
     """
 
     Config: ClassVar[type[BaseModel]] = ObjectiveConfig
+    student_type: ClassVar[type] = Denoiser
     needs_samples: ClassVar[bool] = True
     needs_condition: ClassVar[bool] = True
     full_precision: ClassVar[bool] = False

@@ -2,8 +2,8 @@
 
 import copy
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
-from typing import Literal
+from contextlib import contextmanager, nullcontext
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -41,23 +41,30 @@ def ddo_loss(delta_real: Tensor, delta_fake: Tensor, alpha: float, beta: float) 
     return softplus(-beta * delta_real).mean() + alpha * softplus(beta * delta_fake).mean()
 
 
-class DDOConfig(ObjectiveConfig):
-    """Settings of :class:`DDO`.
+class ReferenceConfig(ObjectiveConfig):
+    """Settings of every form of the method.
 
-    ``alpha``: weight of the fakes; above 1 it pushes away from them. ``beta``: scale of the log-ratio. ``times``: law
-    of the times, that of the pretraining. ``error``: what the squared error is taken of; unset is what the network
-    predicts. ``snr_gamma``: instead of that, error of the clean sample times ``min(SNR, gamma)``.
+    ``alpha``: weight of the fakes; above 1 it pushes away from them. ``beta``: scale of the log-ratio.
     ``condition_dropout``: share of pairs that are compared without condition, for models that are guided. Training
     stops where the mean of ``|beta delta|`` exceeds ``saturation_limit``: sigmoids so far out pass no gradient.
     """
 
     alpha: float = Field(4.0, gt=0)
     beta: float = Field(0.05, gt=0)
+    condition_dropout: float = Field(0.0, ge=0, le=1)
+    saturation_limit: float = Field(10.0, gt=0)
+
+
+class DDOConfig(ReferenceConfig):
+    """Settings of :class:`DDO`, beside those of every form.
+
+    ``times``: law of the times, that of the pretraining. ``error``: what the squared error is taken of; unset is what
+    the network predicts. ``snr_gamma``: instead of that, error of the clean sample times ``min(SNR, gamma)``.
+    """
+
     times: TimeLaw = Uniform()
     error: Literal["epsilon", "sample", "v_prediction", "flow_prediction"] | None = None
     snr_gamma: float | None = Field(None, gt=0)
-    condition_dropout: float = Field(0.0, ge=0, le=1)
-    saturation_limit: float = Field(10.0, gt=0)
 
     @model_validator(mode="after")
     def _one_weighting(self):
@@ -129,6 +136,12 @@ class DDO(Objective):
             )
         yield Loss(ddo_loss(real, fake, c.alpha, c.beta), logs)
 
+    @contextmanager
+    def as_reference(self) -> Iterator[Any]:
+        """The reference, for use within: without gradients, and under LoRA without the student's adapter."""
+        with torch.no_grad(), without_adapter(self.student) if self.reference is None else nullcontext():
+            yield self.reference or self.student
+
     def fakes(self, batch: Batch, condition: Condition, rng: ItemRNG) -> Tensor:
         """Samples of the reference beside those of ``batch``."""
         fake = batch.fields.get("fake")
@@ -152,9 +165,9 @@ class DDO(Objective):
         def error(denoiser: Denoiser) -> Tensor:
             return sum_of_squares(wide(denoiser(x, t, condition).as_type(kind)) - target)
 
-        with torch.no_grad(), without_adapter(self.student) if self.reference is None else nullcontext():
-            reference = error(self.reference or self.student)
-        delta = reference - error(self.student)
+        with self.as_reference() as reference:
+            before = error(reference)
+        delta = before - error(self.student)
         return delta if c.snr_gamma is None else _clipped_snr(path, t, c.snr_gamma).to(delta) * delta
 
 
