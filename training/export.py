@@ -35,7 +35,8 @@ def export(trainer: Trainer) -> Path:
         return output_dir / role.name
     with trainer.averaged() if run is trainer.run else nullcontext():
         if isinstance(run.student, TwoTime):
-            return save_flow_map(output_dir / "flow_map", run.student)
+            name = "default" if run.config.adapter.kind == "lora" else None
+            return save_flow_map(output_dir / "flow_map", run.student, adapter_name=name)
         own = run.objective.pipeline(run.pipe)
         if own is not None:
             own.save_pretrained(output_dir / "pipeline")
