@@ -26,7 +26,8 @@ class RenoiseScheduler(PathScheduler):
         timestep_spacing: see :class:`genkit.schedulers.base.PathScheduler`.
 
     Raises:
-        ValueError: ``eta`` outside its range; in ``set_timesteps``, more steps than ``trained_times``.
+        ValueError: ``eta`` outside its range; in ``set_timesteps``, more steps than ``trained_times``, or a start at
+            ``alpha = 0`` under a model that predicts ``epsilon``.
 
     Source: Song et al., "Consistency models", arXiv 2303.01469, algorithm 1; ``eta``: Song et al., "Denoising diffusion
     implicit models", arXiv 2010.02502.
@@ -55,6 +56,11 @@ class RenoiseScheduler(PathScheduler):
         if n is None or not 1 <= n <= len(times):
             raise ValueError(f"num_inference_steps={n}: the student knows {len(times)} times, accepted are 1 to that")
         return torch.tensor([times[i * len(times) // n] for i in range(n)], dtype=torch.float64)
+
+    def _start(self, t):
+        if self.prediction_type == "epsilon" and self.interpolant.alpha(t[0]) == 0:
+            raise ValueError(f"the first time is {t[0].item():g}, where alpha = 0 and epsilon leaves x0 open")
+        return t
 
     def step(
         self, model_output: Tensor, timestep, sample: Tensor, generator: Generators = None, return_dict: bool = True
