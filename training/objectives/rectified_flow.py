@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from genkit.denoisers.base import Condition, Denoiser
+from genkit.denoisers.on_path import OnPath
 from genkit.interpolants import Linear
 from genkit.rng import ItemRNG
 from genkit.training.first_order import first_order_scheduler
@@ -34,7 +35,10 @@ class Stored(_Coupling):
 
 
 class Taught(_Coupling):
-    """Pairs made on the fly: noise, and where ``num_steps`` Euler or Heun steps of the teacher's flow take it."""
+    """Pairs made on the fly: noise, and where ``num_steps`` Euler or Heun steps of the teacher's flow take it.
+
+    A teacher on another path is put on the linear one, exactly.
+    """
 
     kind: Literal["teacher"] = "teacher"
     num_steps: int = Field(20, ge=1)
@@ -84,6 +88,8 @@ class RectifiedFlow(Objective):
             had = "has no teacher; set teacher" if teacher is None else "takes no teacher; set coupling.kind=teacher"
             raise ValueError(f"coupling.kind={config.coupling.kind!r} {had}")
         super().__init__(config, student, teacher)
+        if teacher is not None and not isinstance(teacher.interpolant, Linear):
+            self.teacher = OnPath(teacher)
         self.needs_samples = not isinstance(config.coupling, Taught)  # type: ignore[misc]
 
     def scheduler(self, scheduler):
