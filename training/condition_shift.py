@@ -243,7 +243,7 @@ def _read(config: ConditionShiftConfig, width: int | None) -> tuple[Tensor, Tens
         raise ValueError(f"shift.weights={str(config.weights)!r} holds {sorted(tensors)}, wanted a and b")
     a, b = tensors["a"], tensors["b"]
     n = ("scalar", "diag", "full").index(config.form)
-    d = a.shape[-1] if n else None
+    d = a.shape[-1] if n and a.ndim else None
     fits = tuple(a.shape) == (d,) * n and tuple(b.shape) in ((), (d,)) and (d is None or width in (None, d))
     if not fits:
         raise ValueError(
