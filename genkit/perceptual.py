@@ -88,14 +88,15 @@ class DISTS(nn.Module):
         """
         state = _vgg_weights(vgg)
         made = cls(state)
-        if len(made.alpha) != _LEARNED:
-            logger.warning("DISTS: weights are equal, since vgg=%r is not as wide as VGG16", str(vgg))
-            return made
-        learned = _learned_weights()
-        if learned is None:
+        learned = _learned_weights() if len(made.alpha) == _LEARNED else None
+        if learned is not None:
+            made.alpha.copy_(learned["alpha"].flatten())
+            made.beta.copy_(learned["beta"].flatten())
+        elif len(made.alpha) == _LEARNED:
             logger.warning("DISTS: weights are equal; install torchmetrics for the published ones")
-            return made
-        return cls(state, learned["alpha"], learned["beta"])
+        else:
+            logger.warning("DISTS: weights are equal, since vgg=%r is not as wide as VGG16", str(vgg))
+        return made
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Distances ``(B,)`` of pictures ``(B, C, H, W)`` in [0, 1], ``C`` 3, or 1 for grey.
@@ -171,9 +172,9 @@ def _dissimilarities(f: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
 
 def _convolution(named: Mapping[str, Tensor], i: int) -> nn.Conv2d:
     weight, bias = named[f"{i}.weight"], named[f"{i}.bias"]
-    layer = nn.Conv2d(weight.shape[1], weight.shape[0], 3, padding=1)
+    layer = nn.utils.skip_init(nn.Conv2d, weight.shape[1], weight.shape[0], 3, padding=1)
     layer.load_state_dict({"weight": weight, "bias": bias})
-    return layer
+    return cast(nn.Conv2d, layer)
 
 
 def _vgg_weights(vgg: str | Path) -> Mapping[str, Tensor]:
