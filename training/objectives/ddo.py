@@ -114,7 +114,7 @@ class DDO(Objective):
     def losses(self, phase: Phase, batch: Batch, rng: ItemRNG) -> Iterator[Loss]:
         c = self.config
         # No dropout, neither here nor where checkpointed blocks are computed again in the backward.
-        self.student_module.eval()
+        self.eval()
         condition, _ = drop_condition(batch, rng, c.condition_dropout)
         fake = self.fakes(batch, condition, rng)
         pairs = torch.cat((batch.x0, fake))
