@@ -12,13 +12,13 @@ from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from genkit._flow_map_files import fuse_lora
 from genkit.denoisers import Condition, Denoiser, from_pipeline
 from genkit.denoisers.flux import Flux
 from genkit.denoisers.network import adapter_of, unwrap
 from genkit.latents import standardise, unstandardise
 from genkit.networks.fixed_condition import FixedCondition
 from genkit.pipelines.base import PipelineOutput
-from genkit.pipelines.few_step import _fuse
 from genkit.registry import unknown
 
 OUTPUT_TYPES = ("pil", "np", "pt")
@@ -247,7 +247,7 @@ def fused(network: nn.Module) -> nn.Module:
     if not getattr(unwrap(network), "peft_config", None):
         return network
     made = copy.deepcopy(unwrap(network))
-    _fuse(made)
+    fuse_lora(made)
     return made
 
 
@@ -279,7 +279,8 @@ def tiled(function: Callable[[Tensor], Tensor], x: Tensor, tile: int | None, ove
 
 def _spans(size: int, tile: int, overlap: int) -> list[tuple[int, Tensor]]:
     """First pixels of the tiles along one axis, with the weights of theirs."""
-    tile = min(tile, size)
+    if size <= tile:
+        return [(0, torch.ones(size))]
     starts = [*range(0, size - tile, tile - overlap), size - tile]
     places = torch.arange(tile) + 0.5
     spans = []
