@@ -136,6 +136,15 @@ class Rounds(Section):
     extractor: str | None = None
 
 
+class Distill(Section):
+    """What makes a recipe one of ``genkit distill``: the ``method``'s name there, and the classes of teachers' pipelines
+    that it is made for; none for any that no other recipe of the method is made for.
+    """
+
+    method: str
+    pipelines: list[str] = []
+
+
 class TrainConfig(Section):
     """Settings of a training run. Names are those of Diffusers' training scripts where these have the setting.
 
@@ -173,6 +182,7 @@ class TrainConfig(Section):
     sampling: Sampling = Sampling()
     health: Health = Health()
     rounds: Rounds | None = None
+    distill: Distill | None = None
 
     @field_validator("report_to", mode="before")
     @classmethod
