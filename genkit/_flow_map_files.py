@@ -173,3 +173,18 @@ def _load_lora(file: Path, network: Any, adapter_name: str) -> None:
     inject_adapter_in_model(LoraConfig(**{k: v for k, v in settings.items() if k in known}), network, adapter_name)
     layers = {key.removeprefix(prefix): value for key, value in tensors.items()}
     set_peft_model_state_dict(network, layers, adapter_name=adapter_name)
+
+
+def fuse_lora(network: Any) -> None:
+    """Write the one LoRA into the weights, and make the network what it was without PEFT."""
+    from diffusers.utils import recurse_remove_peft_layers
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for module in network.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.merge()
+    if hasattr(network, "unload_lora"):
+        network.unload_lora()
+    else:
+        recurse_remove_peft_layers(network)
+        del network.peft_config

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from genkit._flow_map_files import fuse_lora, load_flow_map
 from genkit.denoisers import Condition, FlowMap, TwoTime, from_pipeline
 from genkit.denoisers.network import unwrap
-from genkit.hub import load_flow_map
 from genkit.pipelines.base import DenoiserPipeline, PipelineOutput, with_parts
 from genkit.schedulers.flow_map import FlowMapScheduler
 
@@ -56,7 +56,7 @@ class FewStepPipeline(DenoiserPipeline):
             raise ValueError(f"{type(network).__name__} carries the LoRAs {adapters}; fuse or unload them first")
         flow_map = load_flow_map(self, folder_or_repo_id)
         if getattr(network, "peft_config", None):
-            _fuse(network)
+            fuse_lora(network)
         self._flow_map = flow_map
         self.register_modules(gap_embedder=flow_map.network.gap_embedder)
         if not hasattr(self.scheduler, "jump_target"):
@@ -164,18 +164,3 @@ class FewStepPipeline(DenoiserPipeline):
         )
         output = self._finish(run, output_type)
         return output if return_dict else (output.images, output.network_calls)
-
-
-def _fuse(network: Any) -> None:
-    """Write the one LoRA into the weights, and make the network what it was without PEFT."""
-    from diffusers.utils import recurse_remove_peft_layers
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    for module in network.modules():
-        if isinstance(module, BaseTunerLayer):
-            module.merge()
-    if hasattr(network, "unload_lora"):
-        network.unload_lora()
-    else:
-        recurse_remove_peft_layers(network)
-        del network.peft_config

@@ -29,14 +29,12 @@ def base_network(student: Denoiser) -> nn.Module:
 def add_lora(student: Denoiser, settings) -> None:
     """Put low-rank updates of rank ``rank`` and scale ``alpha / rank`` beside the weights of ``target_modules``.
 
-    All else is frozen, except the embedder of the gap of a two-time student.
+    All else is frozen.
 
     Raises:
         ValueError: targets that match no layer.
     """
     _inject(student, settings, "default")
-    if isinstance(student, TwoTime):
-        student.network.gap_embedder.requires_grad_(True)
 
 
 def add_adapter(denoiser: Denoiser, name: str, settings) -> None:

@@ -57,6 +57,8 @@ def build(config: TrainConfig) -> Run:
         student.module.requires_grad_(config.adapter.kind == "full")
         if config.adapter.kind == "lora":
             add_lora(student, config.adapter)
+            for embedder in student.embedders() if cls.needs_flow_map else ():  # type: ignore[attr-defined]
+                embedder.requires_grad_(True)
         if config.gradient_checkpointing:
             _checkpoint_gradients(student)
         teacher = None

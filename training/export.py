@@ -1,14 +1,17 @@
 """What was trained, in the form in which it is used and shared."""
 
+import copy
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
+from genkit._flow_map_files import fuse_lora
 from genkit.denoisers import TwoTime
 from genkit.hub import save_flow_map
-from genkit.training.adapters import save_lora
+from genkit.training.adapters import base_network, save_lora
 from genkit.training.build import Run, build
 from genkit.training.roles import TrainedRole
 from genkit.training.sharding import is_sharded
@@ -20,8 +23,8 @@ def export(trainer: Trainer) -> Path:
 
     A two-time student of a Diffusers network: ``flow_map/``, for :func:`genkit.hub.load_flow_map`. A LoRA: ``lora/``,
     for ``pipe.load_lora_weights``. Anything else, and whatever a method has a pipeline of its own for: ``pipeline/``, a
-    Diffusers pipeline folder. Where the student is frozen, the trained role in its place: a folder of its name, for the
-    ``from_pretrained`` of its class.
+    Diffusers pipeline folder, with the LoRA of a network of two times fused, since more was trained than it. Where the
+    student is frozen, the trained role in its place: a folder of its name, for the ``from_pretrained`` of its class.
     """
     run = trainer.run
     output_dir = run.config.output_dir
@@ -41,22 +44,28 @@ def export(trainer: Trainer) -> Path:
         if own is not None:
             own.save_pretrained(output_dir / "pipeline")
             return output_dir / "pipeline"
-        if run.config.adapter.kind == "lora":
+        if run.config.adapter.kind == "lora" and not run.objective.needs_flow_map:
             return save_lora(run.student, output_dir / "lora")
         save_pipeline(run, output_dir / "pipeline")
     return output_dir / "pipeline"
 
 
 def save_pipeline(run: Run, folder: Path) -> None:
-    """Write the pipeline of the student, with the scheduler that its objective samples it with."""
-    before = run.pipe.components.get("scheduler")
-    if before is not None:
-        run.pipe.scheduler = run.objective.scheduler(before)
+    """Write the pipeline of the student, with the scheduler that its objective samples it with, and any LoRA fused."""
+    network = base_network(run.student)
+    parts: dict[str, Any] = {}
+    if run.pipe.components.get("scheduler") is not None:
+        parts["scheduler"] = run.objective.scheduler(run.pipe.scheduler)
+    if getattr(network, "peft_config", None):
+        (name,) = (name for name, part in run.pipe.components.items() if part is network)
+        parts[name] = copy.deepcopy(network)
+        fuse_lora(parts[name])
+    before = {name: run.pipe.components[name] for name in parts}
+    run.pipe.register_modules(**parts)
     try:
         run.pipe.save_pretrained(folder)
     finally:
-        if before is not None:
-            run.pipe.scheduler = before
+        run.pipe.register_modules(**before)
 
 
 def _whole_run(trainer: Trainer, role: TrainedRole) -> Run:

@@ -12,7 +12,8 @@ from genkit.interpolants import Linear
 from genkit.rng import ItemRNG
 from genkit.testing.oracles import Gaussian, two_class_mixture
 from genkit.training.objectives.base import Batch, DivergedError
-from genkit.training.objectives.flow_map import FlowMapConfig, FlowMapObjective, LossWeight, _off_diagonal
+from genkit.training.objectives.flow_map import FlowMapConfig, FlowMapObjective, GuidanceLaw, LossWeight
+from genkit.training.times import share
 
 F64 = torch.float64
 
@@ -45,7 +46,7 @@ def loss_of(objective, data):
 
 @pytest.mark.parametrize("fraction", [0.75, 0.5, 1.0, 0.9])
 def test_split_is_exact_in_every_run_of_items(fraction):
-    off = _off_diagonal(torch.arange(10_000), fraction)
+    off = share(torch.arange(10_000), 1 - fraction)
     assert off.sum().item() == round(10_000 * (1 - fraction))
     for size in (1, 4, 32):
         per_batch = off[: 10_000 // size * size].view(-1, size).sum(1).double()
@@ -125,7 +126,7 @@ def test_self_guidance_has_the_published_fixed_point():
     x, t = torch.zeros(8, 2, dtype=F64), torch.full((8,), 0.5)
     dropped = torch.zeros(8, dtype=torch.bool)
     dropped[0] = True
-    target = objective._diagonal_target(x, t, condition, torch.full_like(x, v), dropped)
+    target = objective._diagonal_target(x, t, condition, torch.full_like(x, v), dropped, torch.full((8,), w))
     torch.testing.assert_close(target[1:], torch.full_like(x[1:], fixed), rtol=1e-6, atol=0)
     assert torch.equal(target[0], torch.full_like(x[0], v))
 
@@ -173,3 +174,118 @@ def test_bad_settings():
         FlowMapConfig(t_min=0.6, t_max=0.5)
     with pytest.raises(ValueError, match="stepsize"):
         FlowMapConfig(stepsize=1)
+
+
+def labelled(n=64):
+    index = torch.arange(n)
+    labels = index % 2
+    condition = Condition({"class_labels": labels}, {"class_labels": torch.full_like(labels, 2)})
+    return Batch(ItemRNG(9, index).normal((2,), dtype=F64), condition, index), ItemRNG(0, index)
+
+
+class Told(nn.Module):
+    """Average velocity of a network that is told its scale: remembers what it was given."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.seen = MLP(2, 3), []
+
+    def forward(self, x, t, s, class_labels, guidance_scale):
+        self.seen.append((class_labels, guidance_scale))
+        return self.net(x, t, s, class_labels) * (1 - 1 / guidance_scale)[:, None].to(x).add(1)
+
+
+LAW = {"low": 1.0, "high": 8.0, "default": 4.0}
+
+
+def test_the_law_of_scales():
+    rng = ItemRNG(0, range(100_000))
+    w = GuidanceLaw(**LAW).draw(rng)
+    assert 1 <= w.min() and w.max() <= 8
+    assert w.median().item() == pytest.approx(8**0.5, rel=0.02)
+    assert w.mean().item() == pytest.approx(7 / math.log(8), rel=0.02)
+    flat = GuidanceLaw(**LAW, exponent=0.0).draw(rng)
+    assert flat.mean().item() == pytest.approx(4.5, rel=0.02)
+    steep = GuidanceLaw(low=2, high=8, default=2, exponent=3.0).draw(rng)  # inverse of 1/4 - 1/w^2
+    assert steep.median().item() == pytest.approx((0.5 * (1 / 4 + 1 / 64)) ** -0.5, rel=0.02)
+    for bad in (dict(low=3.0), dict(default=9.0), dict(low=2.0, high=2.0, default=2.0)):
+        with pytest.raises(ValueError, match="must be in this order"):
+            GuidanceLaw(**bad)
+
+
+@pytest.mark.parametrize("taught", [True, False])
+@pytest.mark.parametrize("name", ["lsd", "esd", "psd_m"])
+def test_every_item_is_taught_the_scale_that_it_is_told(taught, name):
+    """The guided velocity of each scale is the fixed point, from a teacher and from the student itself."""
+
+    class Teacher(nn.Module):
+        def forward(self, x, t, class_labels):
+            return torch.stack((class_labels.to(x), 2.0 - class_labels), 1)  # constant in x and t: straight flows
+
+    def velocity(labels):
+        return Teacher()(torch.zeros((), dtype=F64), None, labels)
+
+    def exact(x, t, s, class_labels, guidance_scale):
+        null = velocity(torch.full_like(class_labels, 2))
+        return null + guidance_scale[:, None] * (velocity(class_labels) - null) + 0 * (x + (t + s)[:, None])
+
+    teacher = FunctionDenoiser(Teacher(), Linear(), "flow_prediction") if taught else None
+    objective = make({"loss": name, "guidance_scale": LAW, "diagonal_fraction": 0.5}, Told(), teacher)
+    objective.student = FunctionFlowMap(exact, Linear())
+    data, rng = labelled()
+    loss = loss_of(objective, (data, rng)).logs
+    assert loss["off_diagonal"] < 1e-12
+    if taught:
+        assert loss["diagonal"] < 1e-12 or name != "psd_m"
+    else:
+        x, t, w = torch.zeros(8, 2, dtype=F64), torch.full((8,), 0.5), torch.arange(1.0, 9.0)
+        at = data.condition.index(slice(8)).with_values({"guidance_scale": w}, {"guidance_scale": torch.ones(8)})
+        on, labels = torch.zeros(8, dtype=torch.bool), at["class_labels"]
+        target = objective._diagonal_target(x, t, at, velocity(labels), on, w)
+        torch.testing.assert_close(target, exact(x, t, t, labels, w))
+        kept = objective._diagonal_target(x, t, at, velocity(labels), ~on, w)
+        assert torch.equal(kept, velocity(labels))
+
+
+def test_scales_are_the_items_own_and_dropped_items_are_told_none():
+    objective = make({"loss": "psd_m", "guidance_scale": LAW, "condition_dropout": 0.5}, Told())
+    loss = loss_of(objective, labelled())
+    labels, scales = (torch.cat(part) for part in zip(*objective.student.network.seen, strict=True))
+    assert (scales[labels == 2] == 1).all() and (scales[labels != 2] > 1).all()
+    assert scales[labels != 2].unique().numel() > 20
+    parts = []
+    for i in range(0, 64, 16):
+        (data, _), items = labelled(), torch.arange(i, i + 16)
+        part = Batch(data.x0[items], data.condition.index(items), items)
+        parts.append(loss_of(objective, (part, ItemRNG(0, items))).value)
+    torch.testing.assert_close(torch.stack(parts).mean(), loss.value, rtol=1e-6, atol=0)
+
+
+def test_guidance_of_what_cannot_be_guided_is_refused():
+    for scale in (2.0, LAW):
+        with pytest.raises(ValueError, match="guidance_scale=.*the network is unconditional; accepted is 1"):
+            loss_of(make({"guidance_scale": scale}, MLP()), batch())
+    with pytest.raises(ValueError, match="greater than 0"):
+        FlowMapConfig(guidance_scale=0.0)
+    with pytest.raises(ValueError, match="no unconditional branch"):
+        data, rng = labelled()
+        data.condition = Condition(data.condition.values)
+        loss_of(make({"guidance_scale": 2.0, "condition_dropout": 0.0}, MLP(2, 3)), (data, rng))
+
+
+@pytest.mark.parametrize("stopgrad", ["none", "convex", "full"])
+@pytest.mark.parametrize("name", ["lsd", "esd", "psd_u"])
+def test_every_stop_gradient_runs_by_every_derivative(name, stopgrad):
+    """Values agree whatever is frozen; gradients differ exactly where the specification says so."""
+    values, gradients = [], []
+    for kind in ("none", stopgrad):
+        for jvp in ("dual", "func"):
+            objective = make({"loss": name, "stopgrad": kind, "jvp": jvp, "diagonal_fraction": 0.5})
+            values.append(loss_of(objective, batch()).value)
+            weights = list(objective.student.module.parameters())
+            gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(values[-1], weights)]))
+    for value in values[1:]:
+        torch.testing.assert_close(value, values[0], rtol=1e-6, atol=0)
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(gradients[2], gradients[3], rtol=1e-6, atol=1e-9)
+    assert torch.allclose(gradients[0], gradients[2], rtol=1e-6) == (stopgrad == "none")

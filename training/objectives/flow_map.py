@@ -2,13 +2,15 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Literal
+from dataclasses import replace
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from genkit.denoisers.base import Condition, Denoiser, FlowMap
+from genkit.denoisers.scalars import without
 from genkit.interpolants import expand
 from genkit.rng import ItemRNG
 from genkit.training.losses import evaluating, sum_of_squares
@@ -27,14 +29,41 @@ from genkit.training.targets import guided_velocity
 from genkit.training.times import share
 
 
+class GuidanceLaw(ObjectiveConfig):
+    """Guidance scales of which every item draws its own, ``w`` in ``[low, high]`` with density proportional to
+    ``w^-exponent``; the student embeds them, and is told ``default`` when it samples unless asked otherwise.
+
+    Source: iMF, arXiv 2512.02012 (the law and its numbers).
+    """
+
+    low: float = Field(1.0, gt=0)
+    high: float = Field(8.0, gt=0)
+    exponent: float = Field(1.0, ge=0)
+    default: float = Field(2.0, gt=0)
+
+    @model_validator(mode="after")
+    def _ordered(self):
+        if not self.low <= self.default <= self.high or self.low == self.high:
+            raise ValueError(f"low={self.low:g}, default={self.default:g}, high={self.high:g}: must be in this order")
+        return self
+
+    def draw(self, rng: ItemRNG) -> Tensor:
+        """A scale an item, ``(B,)``, float32."""
+        u, power = rng.uniform(), 1 - self.exponent
+        if power == 0:
+            return self.low * (self.high / self.low) ** u
+        return (self.low**power + u * (self.high**power - self.low**power)) ** (1 / power)
+
+
 class FlowMapConfig(ObjectiveConfig):
     """Settings of :class:`FlowMapObjective`.
 
     ``loss``: ``lsd``, ``esd``, ``psd_m`` or ``psd_u``. ``diagonal_fraction``: share of items trained by flow matching.
     ``stopgrad``: ``none``, ``convex`` or ``full``; unset means as published, ``full`` for ``esd`` and ``convex`` for
-    the others. ``jvp``: how ``lsd`` and ``esd`` differentiate (``func``: forward-mode AD; ``finite_difference``:
-    central differences of step ``jvp_step`` in ``t``, cheaper, any kernel). ``guidance_scale``: 1 is none; otherwise
-    the guidance the student is taught, from the teacher's two branches or, without teacher, its own.
+    the others. ``jvp``: how ``lsd`` and ``esd`` differentiate (see :mod:`genkit.training.forward_mode`; ``jvp_step``:
+    half the distance, in ``t``, of finite differences). ``guidance_scale``: 1 is none; otherwise the guidance the
+    student is taught, from the teacher's two branches or, without teacher, its own; a :class:`GuidanceLaw` for one that
+    can be told how much.
     ``learned_weight``: divide each loss by its own learned scale (see :class:`LossWeight`). Training stops when the
     off-diagonal is weighted more than ``weight_ratio_limit`` times the diagonal: self-consistency, which can be had
     without any data, would drown the data.
@@ -43,12 +72,12 @@ class FlowMapConfig(ObjectiveConfig):
     loss: Literal["lsd", "esd", "psd_m", "psd_u"] = "lsd"
     diagonal_fraction: float = Field(0.75, gt=0, le=1)
     stopgrad: StopGrad | None = None
-    jvp: Jvp = "func"
+    jvp: Jvp = "auto"
     jvp_step: float = Field(5e-3, gt=0, lt=0.5)
     t_min: float = Field(0.0, ge=0, lt=1)
     t_max: float = Field(1.0, gt=0, le=1)
     condition_dropout: float = Field(0.1, ge=0, le=1)
-    guidance_scale: float = Field(1.0, ge=0)
+    guidance_scale: Annotated[float, Field(gt=0)] | GuidanceLaw = 1.0
     learned_weight: bool = False
     weight_ratio_limit: float = Field(10.0, gt=1)
 
@@ -81,6 +110,8 @@ class FlowMapObjective(Objective):
     def __init__(self, config: FlowMapConfig, student: FlowMap, teacher: Denoiser | None = None):
         super().__init__(config, student, teacher)
         self.weight = LossWeight() if config.learned_weight else None
+        if isinstance(config.guidance_scale, GuidanceLaw):
+            student.add_scalars({"guidance_scale": config.guidance_scale.default})
 
     @property
     def roles(self) -> Mapping[str, Role]:
@@ -91,7 +122,7 @@ class FlowMapObjective(Objective):
 
     @property
     def uses_forward_mode(self) -> bool:
-        return self.config.jvp == "func" and self.config.loss in ("lsd", "esd")
+        return self.config.jvp in ("dual", "func") and self.config.loss in ("lsd", "esd")
 
     def phases(self, step: int):
         trains = ("student", "weight") if self.weight is not None else ("student",)
@@ -99,6 +130,7 @@ class FlowMapObjective(Objective):
 
     def losses(self, phase: Phase, batch: Batch, rng: ItemRNG) -> Iterator[Loss]:
         c = self.config
+        batch, scale = self._guided(batch, rng)
         condition, dropped = drop_condition(batch, rng, c.condition_dropout)
         a = c.t_min + (c.t_max - c.t_min) * rng.uniform()
         b = c.t_min + (c.t_max - c.t_min) * rng.uniform()
@@ -114,13 +146,14 @@ class FlowMapObjective(Objective):
         logs: dict[str, Tensor] = {}
         if len(on_i):
             at = (x[on_i], t[on_i], condition.index(on_i))
-            goal = self._diagonal_target(*at, target[on_i], dropped[on_i])
+            goal = self._diagonal_target(*at, target[on_i], dropped[on_i], scale[on_i])
             r = sum_of_squares(self.student.average_velocity(at[0], at[1], at[1], at[2]) - goal)
             pieces.append((r, on_i))
             logs["diagonal"] = r.detach().mean()
         if len(off_i):
             with evaluating(self.student_module):  # no dropout in the identity
-                r = sum_of_squares(self._residual(x[off_i], t[off_i], s[off_i], condition.index(off_i), gamma[off_i]))
+                jump = (x[off_i], t[off_i], s[off_i], condition.index(off_i))
+                r = sum_of_squares(self._residual(*jump, gamma[off_i], scale[off_i]))
             pieces.append((r, off_i))
             logs["off_diagonal"] = r.detach().mean()
         residual = torch.cat([r for r, _ in pieces])
@@ -134,40 +167,57 @@ class FlowMapObjective(Objective):
 
     # -- targets ----------------------------------------------------------------------------------------------
 
-    def _diagonal_target(self, x: Tensor, t: Tensor, condition: Condition, target: Tensor, dropped: Tensor) -> Tensor:
+    def _guided(self, batch: Batch, rng: ItemRNG) -> tuple[Batch, Tensor]:
+        """The batch, told its guidance scales where the student embeds them, and these ``(B,)``."""
+        law = self.config.guidance_scale
+        if law != 1 and not batch.condition.values:
+            raise ValueError(f"guidance_scale={law}: the network is unconditional; accepted is 1")
+        if not isinstance(law, GuidanceLaw):
+            return batch, torch.full((len(batch.x0),), law, device=batch.x0.device)
+        w = law.draw(rng)
+        told = batch.condition.with_values({"guidance_scale": w}, {"guidance_scale": torch.ones_like(w)})
+        return replace(batch, condition=told), w
+
+    def _diagonal_target(
+        self, x: Tensor, t: Tensor, condition: Condition, target: Tensor, dropped: Tensor, w: Tensor
+    ) -> Tensor:
         """Velocity that the diagonal regresses to: the data's, guided if asked for.
 
         Without teacher ``v_c + (1 - 1/w) (u(x,t,t|c) - u(x,t,t|null))``, whose fixed point is ``u_n + w (v - u_n)``.
         Items whose condition was dropped keep the plain target, so that the unconditional branch stays unguided.
         """
-        w = self.config.guidance_scale
-        if self.teacher is not None and (w != 1 or self.config.loss.startswith("psd")):
-            return guided_velocity(self.teacher, x, t, condition, w)
-        if w == 1 or not condition.values:
+        plain = self.config.guidance_scale == 1
+        if self.teacher is not None and (not plain or self.config.loss.startswith("psd")):
+            return self._teacher_velocity(x, t, condition, w)
+        if plain:
             return target
         with torch.no_grad(), evaluating(self.student_module):
             cond = self.student.average_velocity(x, t, t, condition)
             null = self.student.average_velocity(x, t, t, condition.null())
-        guided = target + (1 - 1 / w) * (cond - null)
+        guided = target + expand(1 - 1 / w, target) * (cond - null)
         return target.where(expand(dropped, target), guided)
 
-    def _residual(self, x: Tensor, t: Tensor, s: Tensor, condition: Condition, gamma: Tensor) -> Tensor:
+    def _teacher_velocity(self, x: Tensor, t: Tensor, condition: Condition, w: Tensor) -> Tensor:
+        assert self.teacher is not None
+        scale = 1.0 if self.config.guidance_scale == 1 else w
+        return guided_velocity(self.teacher, x, t, without(condition, {"guidance_scale": 1.0}), scale)
+
+    def _residual(self, x: Tensor, t: Tensor, s: Tensor, condition: Condition, gamma: Tensor, w: Tensor) -> Tensor:
         c = self.config
 
         def u(x_: Tensor, t_: Tensor, s_: Tensor) -> Tensor:
             return self.student.average_velocity(x_, t_, s_, condition)
 
         def velocity(x_: Tensor, t_: Tensor) -> Tensor:
-            if self.teacher is None:
-                return u(x_, t_, t_)
-            return guided_velocity(self.teacher, x_, t_, condition, c.guidance_scale)
+            return u(x_, t_, t_) if self.teacher is None else self._teacher_velocity(x_, t_, condition, w)
 
+        how: dict[str, Any] = {"jvp": c.jvp, "step": c.jvp_step, "network": self.student_module}
         if c.loss == "lsd":
             kind: StopGrad = c.stopgrad or "convex"
-            return lagrangian(u, velocity, x, t, s, stopgrad=kind, jvp=c.jvp, step=c.jvp_step)
+            return lagrangian(u, velocity, x, t, s, stopgrad=kind, **how)
         if c.loss == "esd":
             kind = c.stopgrad or "full"
-            return eulerian(u, velocity, x, t, s, stopgrad=kind, jvp=c.jvp, step=c.jvp_step)
+            return eulerian(u, velocity, x, t, s, stopgrad=kind, **how)
         return progressive(u, x, t, s, gamma, stopgrad=c.stopgrad or "convex")
 
     def _watch_weights(self, w: Tensor, off: Tensor, logs: dict[str, Tensor]) -> None:
