@@ -32,7 +32,37 @@ class Case:
 # For what has little left to learn from the weights of a teacher.
 ANEW = dict(model=dict(network="dit", hidden_size=16, num_layers=1, num_heads=2))
 
+# Digits and noise as the pairs of one source: what methods on pairs are given here.
+COUPLED = dict(data=dict(name="transfer", x0=dict(name="digits"), eps=dict(name="synthetic", shape=[1, 8, 8])))
+
+# Noise cut to [-1, 1], and whole noise as fakes.
+FAKES = dict(data=dict(name="synthetic", shape=(1, 8, 8), num_classes=10, fields={"fake": dict(shape=(1, 8, 8))}))
+TOKENS = dict(network="gpt", hidden_size=16, num_layers=1, num_heads=2, dropout=0.0)
+
 READY: dict[str, list[Case]] = {
+    "autoregressive": [Case(falls=("loss", 0.97), run=dict(model=TOKENS))],
+    "ddo": [
+        Case(dict(alpha=2.0, beta=0.02), falls=("loss", 0.9), run=FAKES),
+        Case(
+            dict(error="flow_prediction", times=dict(law="uniform", low=0.1, high=0.9)),
+            falls=("loss", 0.9),
+            run=FAKES,
+            teacher=True,
+        ),
+    ],
+    "ddo_autoregressive": [
+        Case(dict(alpha=1.0), falls=("loss", 0.97), run=dict(model=TOKENS)),
+        Case(dict(fakes="stored", alpha=1.0), falls=("loss", 0.97), run=FAKES | dict(model=TOKENS)),
+    ],
+    "apex": [
+        Case(dict(loss=dict(form="released", guidance=dict(guidance_scale=2.0, ema_decay=0.9))), ("matching", 0.9)),
+        Case(
+            dict(loss=dict(form="released", guidance=None), shift=dict(kind="condition", form="diag", learned=True)),
+            falls=("adversarial", 0.9),
+            run=dict(gradient_accumulation_steps=2),
+        ),
+        Case(dict(loss=dict(form="literal", warmup=0.5), shift=dict(kind="time_sign")), ("mixed", 0.9), learns=ANEW),
+    ],
     "flow_matching": [Case(falls=("loss", 0.9), learns=ANEW)],
     "flow_map": [
         Case(dict(loss="lsd", diagonal_fraction=0.5), falls=("loss", 0.9), learns=ANEW),
@@ -46,5 +76,47 @@ READY: dict[str, list[Case]] = {
             falls=("loss", 0.7),
             paths=(),
         )
+    ],
+    "improved_mean_flow": [
+        Case(
+            dict(weight_power=0.0, guidance_scale=dict(high=4.0)),
+            falls=("loss", 0.9),
+            learns=ANEW | dict(max_train_steps=90),
+        ),
+        Case(dict(jvp="finite_difference"), falls=("off_diagonal", 0.95), teacher=True),
+    ],
+    "marginal_transport": [
+        Case(dict(vm_guidance_scale=[1.0, 2.0]), falls=("loss", 0.8), teacher=True, learns=ANEW),
+        Case(dict(vd_weight=0.0, jvp="func", derivative_norm=dict(relative=True)), falls=("loss", 0.95), learns=ANEW),
+        Case(dict(vd_weight=0.0, eta=0.0, consistency_phases=2), falls=("loss", 0.8), teacher=True, learns=ANEW),
+    ],
+    "mean_flow": [
+        Case(dict(weight_power=0.0, guidance_scale=2.0, guidance_mix=0.5), falls=("loss", 0.9), learns=ANEW),
+        Case(dict(jvp="finite_difference", order="v1"), falls=("off_diagonal", 0.95), teacher=True),
+    ],
+    "rectified_diffusion": [
+        Case(falls=("loss", 0.9), learns=ANEW, run=COUPLED),
+        Case(dict(space="epsilon", huber_c=None), falls=("loss", 0.9), learns=ANEW, run=COUPLED),
+    ],
+    # On the linear path a phase begins at alpha = 0, where an epsilon teacher says nothing of the clean sample.
+    "rectified_diffusion_phased": [Case(dict(guidance_scale=1.0), falls=("loss", 0.9), learns=ANEW, paths=("vp",))],
+    "rectified_flow": [
+        Case(dict(coupling=dict(kind="pairs")), falls=("loss", 0.9), learns=ANEW, run=COUPLED),
+        # Its student is on the linear path, where its teacher's flow begins at alpha = 0.
+        Case(
+            dict(coupling=dict(kind="teacher", num_steps=3), times=dict(law="grid")),
+            falls=("loss", 0.9),
+            learns=ANEW,
+            teacher=True,
+            paths=(),
+        ),
+    ],
+    "scm": [
+        Case(dict(tangent_warmup_steps=0), falls=("tangent", 0.95), teacher=True),
+        Case(dict(jvp="finite_difference", learned_weight=False), falls=("tangent", 0.95)),
+    ],
+    "so_flow": [
+        Case(dict(guidance_scale=2.0, guidance_mix=0.5), falls=("loss", 0.9), learns=ANEW),
+        Case(dict(weight_power=0.0), falls=("consistency", 0.95), teacher=True),
     ],
 }

@@ -100,7 +100,7 @@ def values(name, case: Case, path, prediction_type) -> Iterator[float]:
     items = torch.arange(16)
     x0 = law.sample(16, generator=torch.Generator().manual_seed(3)).double()
     for phase in objective.phases(0):
-        batch = Batch(x0, Condition(), items, {"x0": x0}, 3, 10)
+        batch = Batch(x0, Condition(), items, {"x0": x0, "fake": x0.flip(0) / 2}, 3, 10)
         for loss in objective.losses(phase, batch, ItemRNG(7, items)):
             yield loss.value.item()
 

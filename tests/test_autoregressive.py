@@ -1,0 +1,67 @@
+"""Likelihood, samples and pictures of an autoregressive network; exact where its law can be written down."""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from genkit import data
+from genkit.autoregressive import Autoregressive
+from genkit.denoisers.base import Condition
+from genkit.networks.gpt import GPT
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    network = GPT(vocab_size=3, sample_size=2, num_classes=2, hidden_size=16, num_layers=2, num_heads=2)
+    nn.init.normal_(network.out.weight, std=1.0)
+    return Autoregressive(network.eval())
+
+
+def test_tokens_are_the_grey_levels_of_the_digits():
+    model, x = Autoregressive(GPT(17, 8, 10, 16, 1, 2)), data.make("digits").__getitems__(range(50))["x0"]
+    tokens = model.tokens(x)
+    assert tokens.min() == 0 and tokens.max() == 16 and torch.equal(model.pictures(tokens), x)
+    assert torch.equal(model.tokens(3 * x), model.tokens((3 * x).clamp(-1, 1)))
+
+
+def test_probabilities_of_all_pictures_add_up_to_one(model):
+    tokens = torch.tensor(list(itertools.product(range(3), repeat=4)))
+    for label in (0, 1, 2):
+        condition = Condition({"class_labels": torch.full((81,), label)})
+        assert model.log_probabilities(tokens, condition).sum(1).exp().sum().item() == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("w", [1.0, 2.0])
+def test_samples_follow_the_law(w, model):
+    """The first two tokens: ``p_c^w p_n^(1-w)``, normalised at each; chi-squared of 9 cells."""
+    n = 4000
+    uniform = torch.rand(n, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    condition = model.encode(None, class_labels=[1]).repeat(n)
+    tokens = model.sample(uniform, condition, w)
+    assert model.calls == 4 * (1 + (w != 1))
+    pairs = torch.tensor(list(itertools.product(range(3), repeat=2)))
+    full = torch.cat((pairs, torch.zeros_like(pairs)), dim=1)
+    logits = [model.network(full[:, :-1], torch.full((9,), label))[:, :2].double() for label in (1, 2)]
+    guided = (logits[1] + w * (logits[0] - logits[1])).softmax(-1)
+    expected = n * guided.gather(2, pairs[..., None])[..., 0].prod(1)
+    counts = torch.bincount(tokens[:, 0] * 3 + tokens[:, 1], minlength=9)
+    assert ((counts - expected) ** 2 / expected).sum() < 26.1  # 8 degrees of freedom, p = 0.001
+
+
+def test_a_sample_is_a_function_of_its_own_draws(model):
+    uniform = torch.rand(5, 4, dtype=torch.float64)
+    condition = model.encode(None, class_labels=[0, 1, 0, 1, 0])
+    together = model.sample(uniform, condition)
+    assert torch.equal(model.sample(uniform[3:4], condition.index([3])), together[3:4])
+    model.network.train()
+    assert torch.equal(model.sample(uniform, condition), together) and model.network.training
+    assert model.sample(torch.full((1, 4), 1 - 1e-16, dtype=torch.float64), condition.index([0])).max() <= 2
+
+
+@pytest.mark.parametrize("labels", [[], [2], [-1]])
+def test_labels_out_of_range(labels, model):
+    with pytest.raises(ValueError, match="accepted are 0 to 1"):
+        model.encode(None, class_labels=labels)
