@@ -98,6 +98,7 @@ class Pairs(Source):
     """
 
     Config = PairsConfig
+    shape: tuple[int, ...]
 
     def __init__(self, **settings):
         super().__init__(**settings)
