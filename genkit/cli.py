@@ -64,6 +64,35 @@ def train(
 
 
 @app.command()
+def distill(
+    teacher: Annotated[str, typer.Argument(help="Folder of a pipeline, genkit's or Diffusers', or owner/name.")],
+    method: Annotated[str, typer.Option(help="lsd, meanflow, mdt, apex, dmd2 ...; an unknown one lists them all.")],
+    output: Annotated[Path, typer.Option(help="Folder for the run; the student's pipeline is in pipeline/ there.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Settings to change: section.key=value.")] = None,
+    adapter: Annotated[str | None, typer.Option(help="lora or full, in place of the recipe's choice.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="A folder of pictures, a file with a prompt a line, or a source's name.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Training steps, in place of the recipe's.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Turn a many-step model into one of few steps: says what it will do, trains, measures, and saves a pipeline."""
+    from genkit.training.distill import main
+
+    code = main(
+        teacher=teacher,
+        method=method,
+        output=output,
+        adapter=adapter,
+        data=data,
+        steps=steps,
+        overrides=overrides or [],
+        quiet=quiet,
+    )
+    raise typer.Exit(code)
+
+
+@app.command()
 def sample(
     pipeline: Annotated[str, typer.Argument(help="Folder of a pipeline, genkit's or Diffusers', or owner/name.")],
     output: Annotated[Path, typer.Option(help="Folder for the PNG files, a grid and metadata.jsonl.")],

@@ -1,7 +1,7 @@
 """Marginal-data transport (MDT-dist): a student of one time input whose velocity leads straight to clean data."""
 
 from collections.abc import Callable, Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -12,13 +12,15 @@ from genkit.denoisers.on_path import OnPath, change_path
 from genkit.interpolants import Linear, expand
 from genkit.rng import ItemRNG
 from genkit.schedulers.renoise import RenoiseScheduler
+from genkit.training.forward_mode import Exact, Jvp
 from genkit.training.losses import evaluating, mean_of_squares, wide
 from genkit.training.objectives.base import Batch, Loss, Objective, ObjectiveConfig, Phase, drop_condition
-from genkit.training.residuals import Jvp, directional_derivative
+from genkit.training.residuals import directional_derivative
 from genkit.training.targets import guided_velocity
 from genkit.training.times import LogitNormal, TimeLaw
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
+_EXACT = get_args(Exact)
 _Scale = Annotated[float, Field(ge=0)]
 _Scales = Annotated[list[_Scale], Field(min_length=1)]
 
@@ -44,8 +46,8 @@ class MarginalTransportConfig(ObjectiveConfig):
     """Settings of :class:`MarginalTransport`; all times are of the linear path.
 
     ``times``: law of ``t``, stretched over the times at which the derivative can be taken. ``jvp``: how ``dv/dt`` is:
-    ``backward_difference`` of ``jvp_step``, as published, by one more call; ``func``: forward-mode AD;
-    ``finite_difference``: central differences. ``derivative_norm``: bounds it, which is steadier but moves the fixed
+    ``backward_difference`` of ``jvp_step``, as published, by one more call; the others as in
+    :mod:`genkit.training.forward_mode`. ``derivative_norm``: bounds it, which is steadier but moves the fixed
     point towards the instantaneous velocity: better at 2 to 4 steps, worse at one. ``vd_weight``: of velocity
     distillation beside velocity matching; it needs a teacher. ``vm_guidance_scale``, ``vd_guidance_scale``: the
     teacher's guidance in the two (1 is none); of several each item draws one. ``consistency_phases``: in place of
@@ -68,8 +70,8 @@ class MarginalTransportConfig(ObjectiveConfig):
     @model_validator(mode="after")
     def _fits(self):
         phases = self.consistency_phases
-        if self.jvp == "func" and "jvp_step" in self.model_fields_set:
-            raise ValueError(f"jvp_step={self.jvp_step} has no effect with jvp='func'")
+        if self.jvp in _EXACT and "jvp_step" in self.model_fields_set:
+            raise ValueError(f"jvp_step={self.jvp_step} has no effect with jvp={self.jvp!r}")
         if self.vd_guidance_scale != 1 and not self.vd_weight:
             raise ValueError(f"vd_guidance_scale={self.vd_guidance_scale} has no effect with vd_weight=0")
         if phases is not None and self.jvp != "backward_difference":
@@ -131,7 +133,7 @@ class MarginalTransport(Objective):
 
     @property
     def uses_forward_mode(self) -> bool:
-        return self.config.jvp == "func"
+        return self.config.jvp in _EXACT
 
     def scheduler(self, scheduler: Any) -> RenoiseScheduler:
         # The phases are equal stretches of time, so steps must be, too.
@@ -189,7 +191,8 @@ class MarginalTransport(Objective):
                 here = here if here.dtype == wide(here).dtype else v(x, t)
                 d = (here - v(x - c.jvp_step * v_taught, t - c.jvp_step)) / c.jvp_step
             else:
-                _, d = directional_derivative(v, (x, t), (v_taught, torch.ones_like(t)), c.jvp, c.jvp_step)
+                along = (v_taught, torch.ones_like(t))
+                _, d = directional_derivative(v, (x, t), along, c.jvp, c.jvp_step, self.student_module)
         if c.derivative_norm is not None:
             d = c.derivative_norm(d)
         return v_taught - expand(t, x) * d
@@ -218,8 +221,8 @@ class MarginalTransport(Objective):
     def _usable(self) -> tuple[float, float]:
         """The times, on the linear path, between which the derivative can be taken."""
         c, last = self.config, self._linear_time(torch.ones((), dtype=torch.float64)).item()
-        before = 0.0 if c.jvp == "func" else c.jvp_step
-        return before, last - c.jvp_step if c.jvp == "finite_difference" else last
+        before = 0.0 if c.jvp in _EXACT else c.jvp_step
+        return before, last - c.jvp_step if c.jvp in ("auto", "finite_difference") else last
 
 
 def _on_linear_path(denoiser: Denoiser) -> Denoiser:
