@@ -1,5 +1,6 @@
 """One-step super-resolution, trained against real pictures by a diffusion network that judges samples at any noise."""
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -53,16 +54,17 @@ class Perceptual(BaseModel):
 class Adversarial(BaseModel):
     """The judge and the weight of its opinion.
 
-    ``judge``: a pipeline folder or name, the generator's own or that of a larger model. ``latent_adapter``: how it sees
-    the generator's samples, see :func:`genkit.training.diffusion_discriminator.latent_adapter`. ``times``: law of the
-    noise at which it judges. ``depth``, ``lora``, ``head``, ``dtype``: see
-    :class:`genkit.training.diffusion_discriminator.DiffusionDiscriminator`. ``optimizer``: settings in place of the
-    run's, for the discriminator.
+    ``judge``: folder or name of the pipeline of a larger model; unset, a copy of what the student starts from.
+    ``latent_adapter``: how it sees the generator's samples, see
+    :func:`genkit.training.diffusion_discriminator.latent_adapter`. ``times``: law of the noise at which it judges.
+    ``depth``, ``lora``, ``head``, ``dtype``: see
+    :class:`genkit.training.diffusion_discriminator.DiffusionDiscriminator`.
+    ``optimizer``: settings in place of the run's, for the discriminator.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     weight: float = Field(0.01, gt=0)
-    judge: str
+    judge: str | None = None
     latent_adapter: Adapter | None = None
     times: TimeLaw = Uniform(low=0.02, high=1.0)
     depth: int | None = Field(None, ge=1)
@@ -137,8 +139,12 @@ class D3SR(Objective):
             parts["perceptual"] = EADISTS(DISTS.load(config.perceptual.vgg), config.perceptual.padding)
         a = config.adversarial
         if a is not None:
-            judge_pipe = build.load_pipeline(a.judge, "objective.adversarial.judge")
-            judge, judge_vae = from_pipeline(judge_pipe), judge_pipe.components.get("vae")
+            if a.judge is None:
+                judge_pipe, judge = pipe, student.with_network(copy.deepcopy(fused(student.module)))
+            else:
+                judge_pipe = build.load_pipeline(a.judge, "objective.adversarial.judge")
+                judge = from_pipeline(judge_pipe)
+            judge_vae = judge_pipe.components.get("vae")
             if latent_adapter(a.latent_adapter, vae, judge_vae) == "reencode":
                 if judge_vae is not None:
                     judge_vae.requires_grad_(False).eval()
@@ -148,7 +154,7 @@ class D3SR(Objective):
                 )
             else:
                 channels = _latent_channels(student)
-            check_judge(judge, channels, a.judge)
+            check_judge(judge, channels, a.judge or "the student's own")
             parts["discriminator"] = DiffusionDiscriminator(
                 judge,
                 unprompted(judge_pipe),
