@@ -4,6 +4,7 @@ import copy
 from contextlib import AbstractContextManager, nullcontext
 from typing import Annotated, Any, Literal, TypeAlias
 
+from peft.tuners.tuners_utils import BaseTunerLayer
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
@@ -82,6 +83,16 @@ class FakeModel:
     def in_use(self) -> AbstractContextManager:
         """Within, ``denoiser`` is the fake model and not the teacher."""
         return using(self.denoiser, self.adapter) if self.is_adapter else nullcontext()
+
+    def remove(self) -> None:
+        """Take a LoRA off the teacher's network again."""
+        if not self.is_adapter:
+            return
+        for layer in self.module.modules():
+            if isinstance(layer, BaseTunerLayer):
+                layer.delete_adapter(self.adapter)
+        for module in self.module.modules():
+            getattr(module, "peft_config", {}).pop(self.adapter, None)
 
     def epsilon(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """Its noise prediction, guided, without gradient and dropout, in float32 at least."""
