@@ -39,7 +39,24 @@ COUPLED = dict(data=dict(name="transfer", x0=dict(name="digits"), eps=dict(name=
 FAKES = dict(data=dict(name="synthetic", shape=(1, 8, 8), num_classes=10, fields={"fake": dict(shape=(1, 8, 8))}))
 TOKENS = dict(network="gpt", hidden_size=16, num_layers=1, num_heads=2, dropout=0.0)
 
+# A generator that hardly moves, so that what follows it can be seen to.
+STILL = dict(optimizer=dict(name="AdamW", lr=1e-5))
+
 READY: dict[str, list[Case]] = {
+    "d3sr": [
+        Case(
+            dict(adversarial=dict(head=dict(hidden_size=16, norm_num_groups=4), lora=dict(rank=2))),
+            falls=("mse/generator", 0.8),
+            paths=(),
+            run=dict(
+                data=dict(
+                    name="super_resolution",
+                    source=dict(name="digits"),
+                    degradation=dict(kind="resize", filter="area"),
+                )
+            ),
+        )
+    ],
     "autoregressive": [Case(falls=("loss", 0.97), run=dict(model=TOKENS))],
     "ddo": [
         Case(dict(alpha=2.0, beta=0.02), falls=("loss", 0.9), run=FAKES),
@@ -55,13 +72,21 @@ READY: dict[str, list[Case]] = {
         Case(dict(fakes="stored", alpha=1.0), falls=("loss", 0.97), run=FAKES | dict(model=TOKENS)),
     ],
     "apex": [
-        Case(dict(loss=dict(form="released", guidance=dict(guidance_scale=2.0, ema_decay=0.9))), ("matching", 0.9)),
         Case(
-            dict(loss=dict(form="released", guidance=None), shift=dict(kind="condition", form="diag", learned=True)),
-            falls=("adversarial", 0.9),
-            run=dict(gradient_accumulation_steps=2),
+            dict(loss=dict(form="released", guidance=dict(guidance_scale=2.0, ema_decay=0.9), clamp=10, error="mse")),
+            falls=("adversarial", 0.95),
+            learns=ANEW,
         ),
-        Case(dict(loss=dict(form="literal", warmup=0.5), shift=dict(kind="time_sign")), ("mixed", 0.9), learns=ANEW),
+        Case(
+            dict(
+                loss=dict(form="released", guidance=None, clamp=10, error="mse", parts=["mul", "adv"], dm_weight=0),
+                shift=dict(kind="condition", form="diag", learned=True),
+            ),
+            falls=("flow", 0.9),
+            run=dict(gradient_accumulation_steps=2),
+            learns=ANEW,
+        ),
+        Case(dict(loss=dict(form="literal", warmup=0.5), shift=dict(kind="time_sign")), ("mixed", 0.6), learns=ANEW),
     ],
     "flow_matching": [Case(falls=("loss", 0.9), learns=ANEW)],
     "flow_map": [
@@ -118,5 +143,26 @@ READY: dict[str, list[Case]] = {
     "so_flow": [
         Case(dict(guidance_scale=2.0, guidance_mix=0.5), falls=("loss", 0.9), learns=ANEW),
         Case(dict(weight_power=0.0), falls=("consistency", 0.95), teacher=True),
+    ],
+    "score_distillation": [
+        Case(
+            dict(
+                gan=dict(at=["blocks.0"], hidden_size=16, num_layers=1, norm_num_groups=4, optimizer=dict(lr=2e-2)),
+                fake=dict(kind="full", repeats=2),
+            ),
+            falls=("discriminator/fake", 0.97),
+            learns=STILL,
+            paths=(),
+        ),
+        Case(
+            dict(method="sds", form="recon", times=dict(schedule="linear", end=0.5)),
+            falls=("gradient", 0.9),
+        ),
+        Case(
+            dict(method="vsd", fake=dict(kind="lora", optimizer=dict(lr=1e-2)), timesteps=[1000, 500]),
+            falls=("loss/fake", 0.97),
+            learns=STILL,
+            paths=(),
+        ),
     ],
 }
