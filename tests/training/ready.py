@@ -108,7 +108,7 @@ READY: dict[str, list[Case]] = {
             falls=("loss", 0.9),
             learns=ANEW | dict(max_train_steps=90),
         ),
-        Case(dict(jvp="finite_difference"), falls=("off_diagonal", 0.95), teacher=True),
+        Case(dict(jvp="finite_difference", weight_power=0.0), falls=("loss", 0.9), teacher=True, learns=ANEW),
     ],
     "marginal_transport": [
         Case(dict(vm_guidance_scale=[1.0, 2.0]), falls=("loss", 0.8), teacher=True, learns=ANEW),
@@ -117,7 +117,9 @@ READY: dict[str, list[Case]] = {
     ],
     "mean_flow": [
         Case(dict(weight_power=0.0, guidance_scale=2.0, guidance_mix=0.5), falls=("loss", 0.9), learns=ANEW),
-        Case(dict(jvp="finite_difference", order="v1"), falls=("off_diagonal", 0.95), teacher=True),
+        Case(
+            dict(jvp="finite_difference", order="v1", weight_power=0.0), falls=("loss", 0.9), teacher=True, learns=ANEW
+        ),
     ],
     "rectified_diffusion": [
         Case(falls=("loss", 0.9), learns=ANEW, run=COUPLED),
@@ -141,8 +143,8 @@ READY: dict[str, list[Case]] = {
         Case(dict(jvp="finite_difference", learned_weight=False), falls=("tangent", 0.95)),
     ],
     "so_flow": [
-        Case(dict(guidance_scale=2.0, guidance_mix=0.5), falls=("loss", 0.9), learns=ANEW),
-        Case(dict(weight_power=0.0), falls=("consistency", 0.95), teacher=True),
+        Case(dict(guidance_scale=2.0, guidance_mix=0.5), falls=("diagonal", 0.9), learns=ANEW),
+        Case(dict(weight_power=0.0), falls=("loss", 0.9), teacher=True, learns=ANEW),
     ],
     "score_distillation": [
         Case(
