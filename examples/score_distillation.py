@@ -20,7 +20,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--model", default="stable-diffusion-v1-5/stable-diffusion-v1-5")
     parser.add_argument("--prompt", default="a lighthouse in the fog")
     parser.add_argument("--method", default="sds", choices=["sds", "csd", "vsd"])
-    parser.add_argument("--guidance-scale", type=float, help="by default 100 for sds, 7.5 for vsd")
+    parser.add_argument("--guidance-scale", type=float, help="by default 100 for sds, 7.5 for vsd; csd takes none")
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--learning-rate", type=float, default=3e-2)
     parser.add_argument("--size", type=int, default=512)
@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> None:
         ItemRNG(args.seed, [0], device).normal(shape),
         condition,
         method=args.method,
-        guidance_scale=args.guidance_scale or {"sds": 100.0, "csd": 1.0, "vsd": 7.5}[args.method],
+        guidance_scale=args.guidance_scale,
         times=LinearSchedule(end=0.5),  # coarse at first, then fine
         num_steps=args.steps,
         learning_rate=args.learning_rate,

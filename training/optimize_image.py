@@ -35,7 +35,7 @@ def optimize_image(
     *,
     method: Method = "sds",
     weight: Weight | None = None,
-    guidance_scale: float = 7.5,
+    guidance_scale: float | None = None,
     times: Schedule = LinearSchedule(),  # noqa: B008 (frozen)
     num_steps: int = 500,
     learning_rate: float = 1e-2,
@@ -58,7 +58,8 @@ def optimize_image(
         x: where to start, ``(B, ...)``: latents, or with ``vae`` pictures in [-1, 1].
         condition: of ``B`` items, with an unconditional branch where the method or the guidance needs one.
         weight: unset, as published.
-        guidance_scale: in Diffusers' convention; published are about 100 for ``sds`` and 7.5 for ``vsd``.
+        guidance_scale: in Diffusers' convention; unset, as published: 100 for ``sds`` and ``sjc``, 7.5 for the others,
+            of which ``csd`` takes none. 1 where there is no condition.
         times: when the teacher is asked; ending lower than it starts sharpens the image.
         views: draws of noise and time per step, averaged.
         clip: bound on the root mean square of a draw's gradient.
@@ -70,7 +71,8 @@ def optimize_image(
     Raises:
         ValueError: a setting that ``method`` has no use for or lacks; fewer conditions than items.
     """
-    _check(method, len(x), condition, negative, fake, guidance_scale, num_steps, views)
+    _check(method, len(x), condition, negative, fake, num_steps, views)
+    guidance_scale = _scale(method, guidance_scale, condition)
     path, x = denoiser.interpolant, wide(x.detach()).clone().requires_grad_()
     conditions = condition.repeat(views) if condition.values else condition
     negatives = None if negative is None else negative.repeat(views)
@@ -121,7 +123,7 @@ def optimize_image(
     return x.detach()
 
 
-def _check(method, items, condition, negative, fake, guidance_scale, num_steps, views) -> None:
+def _check(method, items, condition, negative, fake, num_steps, views) -> None:
     for name, value in (("num_steps", num_steps), ("views", views)):
         if value < 1:
             raise ValueError(f"{name}={value}: must be at least 1")
@@ -133,8 +135,15 @@ def _check(method, items, condition, negative, fake, guidance_scale, num_steps, 
         raise ValueError(f"method={method!r} with {given} negative condition: 'nfsd' needs one, the others take none")
     if fake is not None and method not in NEEDS_FAKE:
         raise ValueError(f"method={method!r} has no fake model; fake goes with {' and '.join(NEEDS_FAKE)}")
-    if guidance_scale != 1 and not condition.values and method not in ("csd", "nfsd"):
-        raise ValueError(f"guidance_scale={guidance_scale} needs a condition; without one it is 1")
+
+
+def _scale(method: Method, given: float | None, condition: Condition) -> float:
+    if given is not None and (method == "csd" or not condition.values) and given != 1:
+        why = "is the guidance alone, whatever its scale" if condition.values else "has no condition to guide by"
+        raise ValueError(f"guidance_scale={given:g}: method={method!r} {why}")
+    if given is not None or not condition.values:
+        return 1.0 if given is None else given
+    return {"sds": 100.0, "sjc": 100.0, "csd": 1.0}.get(method, 7.5)
 
 
 def _encoded(vae: Any, pictures: Tensor) -> Tensor:

@@ -34,7 +34,9 @@ class Fixed(torch.nn.Module):
         return self.fn(x, t, **condition)
 
 
-@pytest.mark.parametrize("settings", [dict(), dict(method="csd"), dict(guidance_scale=3.0), dict(weight="dmd")])
+@pytest.mark.parametrize(
+    "settings", [dict(), dict(method="csd"), dict(guidance_scale=3.0), dict(weight="dmd"), dict(guidance_scale=None)]
+)
 def test_every_item_finds_what_it_is_asked_for(settings):
     x = optimised(**settings)
     assert (x.sign()[:, 0] == torch.tensor([1, -1, -1, 1])).all()
@@ -114,5 +116,7 @@ def test_conditions_that_do_not_fit():
     denoiser = TWO.denoiser("flow_prediction")
     with pytest.raises(ValueError, match="condition has 2 items, x has 3"):
         optimize_image(denoiser, torch.zeros(3, 1), condition([0, 1]))
-    with pytest.raises(ValueError, match="guidance_scale=7.5 needs a condition"):
-        optimize_image(denoiser, torch.zeros(3, 1), Condition())
+    with pytest.raises(ValueError, match="guidance_scale=7.5: method='sds' has no condition to guide by"):
+        optimize_image(denoiser, torch.zeros(3, 1), Condition(), guidance_scale=7.5)
+    with pytest.raises(ValueError, match="guidance_scale=2: method='csd' is the guidance alone"):
+        optimize_image(denoiser, torch.zeros(2, 1), condition([0, 1]), method="csd", guidance_scale=2.0)

@@ -8,7 +8,7 @@ from torch import nn
 from genkit.data.base import Source
 from genkit.denoisers import FunctionDenoiser, from_pipeline
 from genkit.denoisers.base import Condition
-from genkit.interpolants import Linear, Trigonometric
+from genkit.interpolants import PREDICTION_TYPES, Linear, Trigonometric
 from genkit.pipelines import ClassConditionalPipeline
 from genkit.rng import ItemRNG
 from genkit.testing.oracles import Gaussian
@@ -291,6 +291,38 @@ def test_the_fake_fits_the_generator_under_every_weighting(weighting):
         optimizer.step()
     assert law.mean.item() == pytest.approx(-1.0, abs=0.15) and law.log_std.exp().item() == pytest.approx(2.0, abs=0.2)
     assert objective.student.network.m.grad is None
+
+
+@pytest.mark.parametrize("path", [Linear(), Trigonometric()], ids=["linear", "trigonometric"])
+@pytest.mark.parametrize("weighting", [dict(), dict(weighting="velocity"), dict(weighting="edm", sigma_data=0.7)])
+def test_a_fake_of_any_prediction_type_has_the_same_loss_and_pull(path, weighting):
+    """Networks that predict the same thing in other words, and are not the teacher: to 1e-10 in float64."""
+    times = dict(law="uniform", low=0.02, high=0.98)
+    items, x0 = torch.arange(32), torch.zeros(32, 2, dtype=torch.float64)
+    values = {}
+    for kind in PREDICTION_TYPES:
+        teacher = Gaussian([1.0, -2.0], 0.5, interpolant=path).denoiser(kind)
+        follower = Gaussian([0.0, 0.3], 0.9, interpolant=path).denoiser(kind)
+        teacher.network = Wrapped(teacher.network)
+        student = FunctionDenoiser(Affine().double(), path, "sample")
+        settings = ScoreDistillationConfig(fake=dict(kind="full", times=times, **weighting))
+        objective = ScoreDistillation(settings, student, teacher)
+        objective.fake.denoiser = follower
+        batch = Batch(x0, Condition(), items)
+        values[kind] = [one(objective, phase, batch).value.item() for phase in (FAKE, STUDENT)]
+    for got in values.values():
+        assert got == pytest.approx(values["epsilon"], rel=1e-10, abs=1e-10) and min(got) > 1e-3
+
+
+class Wrapped(nn.Module):
+    """A function as a module with a weight, so that it can be copied and trained."""
+
+    def __init__(self, fn):
+        super().__init__()
+        self.fn, self.scale = fn, nn.Parameter(torch.ones((), dtype=torch.float64))
+
+    def forward(self, x, t):
+        return self.scale * self.fn(x, t)
 
 
 def test_guidance_of_the_teacher_and_of_the_fake(toys, tmp_path):

@@ -140,7 +140,7 @@ class ScoreDistillation(Objective):
         self.steps = _steps(student, config.timesteps)
         self.fake = None
         if config.fake is not None:
-            self.fake = FakeModel(config.fake, teacher)
+            self.fake = FakeModel(config.fake, self.teacher)
             self.fake_module = self.fake.module
         self.head = None
         if config.gan is not None:
