@@ -58,7 +58,7 @@ class DISTS(nn.Module):
         if missing:
             raise ValueError(f"vgg lacks {missing}: accepted are the weights of torchvision's vgg16")
         self.stages = nn.ModuleList(nn.ModuleList(_convolution(named, i) for i in stage) for stage in _STAGES)
-        channels = 3 + sum(cast(nn.Conv2d, stage[-1]).out_channels for stage in self.stages)  # type: ignore[index]
+        channels = 3 + sum(len(named[f"{stage[-1]}.bias"]) for stage in _STAGES)
         for name, given in (("alpha", alpha), ("beta", beta)):
             weights = torch.ones(channels) if given is None else given.detach().float().flatten()
             if len(weights) != channels:

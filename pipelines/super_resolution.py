@@ -103,7 +103,8 @@ class SuperResolutionPipeline(DiffusionPipeline):
 
     @property
     def _channels(self) -> int:
-        return unwrap(self.network).config.in_channels if self.vae is None else self.vae.config.in_channels
+        part: Any = unwrap(self.network) if self.vae is None else self.vae
+        return part.config.in_channels
 
     @property
     def unit(self) -> int:
@@ -116,7 +117,8 @@ class SuperResolutionPipeline(DiffusionPipeline):
     def fixed_size(self) -> int | None:
         """The side in pixels of all that the network can see, where it takes no other."""
         prompted = "prompt_embeds" in getattr(self.denoiser(), "condition_names", ())
-        return None if prompted else unwrap(self.network).config.sample_size * self._factor
+        network: Any = unwrap(self.network)
+        return None if prompted else network.config.sample_size * self._factor
 
     @property
     def _factor(self) -> int:
@@ -231,7 +233,7 @@ def unprompted(pipe: Any) -> FixedCondition:
     if isinstance(held, FixedCondition):
         return held
     denoiser = from_pipeline(pipe)
-    config = unwrap(denoiser.module).config
+    config: Any = unwrap(denoiser.module).config
     if "prompt_embeds" in getattr(denoiser, "condition_names", ()):
         encoder = getattr(pipe, "classic", None) or pipe
         condition = denoiser.encode(encoder, prompt="", negative_prompt="")

@@ -203,7 +203,8 @@ def check_judge(judge: Denoiser, channels: int, folder: str) -> None:
     Raises:
         ValueError: it does.
     """
-    takes = unwrap(judge.module).config.in_channels // (4 if isinstance(judge, Flux) else 1)
+    network: Any = unwrap(judge.module)
+    takes = network.config.in_channels // (4 if isinstance(judge, Flux) else 1)
     if takes != channels:
         raise ValueError(
             f"judge={folder!r} takes samples of {takes} channels, it would be given {channels}; choose another judge, "

@@ -193,7 +193,8 @@ class D3SR(Objective):
             return
         z = self._restored(low)
         c, total, logs = self.config, torch.zeros((), device=z.device), {}
-        picture = to_pictures(self.vae, z) if c.mse_weight or self.perceptual is not None or self.reencodes else None
+        needed = c.mse_weight or self.perceptual is not None or self.reencodes
+        picture: Any = to_pictures(self.vae, z) if needed else None
         if c.mse_weight:
             mse = mean_of_squares(picture - large).mean()
             total, logs["mse"] = total + c.mse_weight * mse, mse.detach()
@@ -201,8 +202,8 @@ class D3SR(Objective):
             distance = self.perceptual((picture + 1) / 2, (large + 1) / 2).mean()
             total, logs["ea_dists"] = total + c.perceptual.weight * distance, distance.detach()
         if self.discriminator is not None:
-            (logits,) = self._judged([self._seen(z, picture)], rng)
-            adversarial = looks_real(logits).mean()
+            (judged,) = self._judged([self._seen(z, picture)], rng)
+            adversarial = looks_real(judged).mean()
             total, logs["adversarial"] = total + c.adversarial.weight * adversarial, adversarial.detach()
         yield Loss(total, logs)
 
@@ -250,7 +251,8 @@ class D3SR(Objective):
 
 
 def _latent_channels(student: Denoiser) -> int:
-    return unwrap(student.module).config.in_channels // (4 if isinstance(student, Flux) else 1)
+    network: Any = unwrap(student.module)
+    return network.config.in_channels // (4 if isinstance(student, Flux) else 1)
 
 
 def _picture_channels(student: Denoiser, vae: Any) -> int:
