@@ -108,16 +108,16 @@ def _dual(value: Tensor, *tangents: Tensor | None) -> Dual:
 def _linear_map(func: Callable) -> Callable:
     """The rule of a function that is linear in its first argument, or list of them; others lend shapes and types."""
 
-    def rule(x, *args, **kwargs):
-        args = [_parts(a)[0] for a in args]
+    def rule(x, *others, **kwargs):
+        args = [_parts(a)[0] for a in others]
         if isinstance(x, Tensor):
             return func(x, *args, **kwargs)
         if isinstance(x, (list, tuple)):
-            values, tangents = zip(*(_parts(one) for one in x), strict=True)
-            tangents = [torch.zeros_like(v) if t is None else t for v, t in zip(values, tangents, strict=True)]
+            pairs = [_parts(one) for one in x]
+            value = func([v for v, _ in pairs], *args, **kwargs)
+            tangent = func([torch.zeros_like(v) if dv is None else dv for v, dv in pairs], *args, **kwargs)
         else:
-            values, tangents = _parts(x)
-        value, tangent = func(values, *args, **kwargs), func(tangents, *args, **kwargs)
+            value, tangent = func(x.value, *args, **kwargs), func(x.tangent, *args, **kwargs)
         return Dual(value, tangent) if isinstance(value, Tensor) else tuple(map(Dual, value, tangent))
 
     return rule
@@ -159,8 +159,8 @@ def _addcmul(a, b, c, *, value=1) -> Dual:
     tangent = dx
     for one, other in ((dy, z), (y, dz)):
         if one is not None and other is not None:
-            product = (one, other) if tangent is None else None
-            tangent = value * one * other if product else torch.addcmul(tangent, one, other, value=value)
+            add = tangent is not None
+            tangent = torch.addcmul(tangent, one, other, value=value) if add else value * one * other  # type: ignore
     return _dual(torch.addcmul(x, y, z, value=value), tangent)
 
 
@@ -211,7 +211,7 @@ def _group_norm(x, groups, weight=None, bias=None, eps=1e-5) -> Dual:
     return y if bias is None else y + bias.view(channels)
 
 
-def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False) -> Dual:
+def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
     if dropout_p or is_causal or enable_gqa:
         raise NoRule("attention with dropout, causal or grouped is not known to dual numbers")
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
