@@ -25,16 +25,19 @@ def teacher(toys, tmp_path_factory):
     return toys.teacher(tmp_path_factory.mktemp("teacher"))
 
 
-def settings(toys, teacher, folder, **changes) -> dict:
+def settings(toys, pretrained, folder, **changes) -> dict:
     play = dict(
         count=2, grid=dict(beta=[0.01, 0.05]), num_fakes=50, num_samples=40, num_inference_steps=2, batch_size=20
     )
     values = toys.settings(
         folder,
-        model=dict(pretrained=str(teacher)),
+        model=dict(pretrained=str(pretrained)),
         objective=dict(name="ddo", alpha=1.0),
         rounds=play | dict(evaluate_every=2) | changes.pop("rounds", {}),
-        optimizer=dict(name="AdamW", lr=1e-3),
+        optimizer=dict(name="AdamW", lr=3e-4),
+        lr_scheduler="constant",
+        lr_warmup_steps=0,
+        global_batch_size=32,
         max_train_steps=4,
         checkpointing_steps=2,
         ema=dict(decays=[0.5]),
@@ -244,7 +247,7 @@ def test_autoregressive_models_play_too(toys, tmp_path):
     model = dict(network="gpt", hidden_size=16, num_layers=1, num_heads=2)
     base = toys.settings(tmp_path / "base", model=model, objective=dict(name="autoregressive"), max_train_steps=10)
     pretrained = train(TrainConfig(**base).check(), quiet=True)
-    for name, fakes, n in (("online", "online", None), ("stored", "stored", 20)):
+    for name, fakes, n in (("online", "online", None), ("stored", "stored", 300)):
         objective = dict(name="ddo_autoregressive", fakes=fakes)
         play = dict(count=1, grid={}, num_fakes=n, num_samples=20, batch_size=20, evaluate_every=4)
         values = settings(toys, pretrained, tmp_path / name, objective=objective) | dict(rounds=play)
