@@ -121,7 +121,7 @@ class GPT(ModelMixin, ConfigMixin):
             h = torch.cat((self.class_embed(class_labels)[:, None], h), dim=1)
         cos, sin = (table[start : start + h.shape[1]] for table in (self.cos, self.sin))
         for i, block in enumerate(self.blocks):
-            past = cache[i] if start else None
+            past = cache[i] if cache and start else None
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 h, present = self._gradient_checkpointing_func(block, h, cos, sin, past)
             else:

@@ -24,7 +24,7 @@ class NextToken(Objective):
     Config = NextTokenConfig
     student_type = Autoregressive
 
-    student: Autoregressive
+    student: Autoregressive  # type: ignore[assignment]
 
     def losses(self, phase: Phase, batch: Batch, rng: ItemRNG) -> Iterator[Loss]:
         condition, _ = drop_condition(batch, rng, self.config.condition_dropout)

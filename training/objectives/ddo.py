@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -92,14 +92,14 @@ class DDO(Objective):
     a GAN discriminator", arXiv 2503.01103, equations 8 and 12.
     """
 
-    Config = DDOConfig
+    Config: ClassVar[type[ReferenceConfig]] = DDOConfig
     needs_teacher = "optional"
     # Differences of sums of a thousand squares are what is learned from; bf16 has three digits.
     full_precision = True
 
     def __init__(self, config, student: Denoiser, teacher: Denoiser | None = None):
         super().__init__(config, student, teacher)
-        self.reference: Denoiser | None = teacher  # None is the student without its adapter
+        self.reference: Any = teacher  # None is the student without its adapter
         if teacher is None and not adapter_names(student):
             self.reference = student.with_network(copy.deepcopy(student.network))
             self.reference_module = self.reference.module.requires_grad_(False).eval()

@@ -38,8 +38,7 @@ class AutoregressiveDDO(DDO):
     full_precision = False  # log-probabilities are sums of few terms, in float32 in any case
     student_type = Autoregressive
 
-    student: Autoregressive
-    reference: Autoregressive | None
+    student: Autoregressive  # type: ignore[assignment]
 
     def fakes(self, batch: Batch, condition: Condition, rng: ItemRNG) -> Tensor:
         if self.config.fakes == "stored":
