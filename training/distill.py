@@ -27,6 +27,7 @@ from genkit.pipelines.few_step import FewStepPipeline
 from genkit.registry import members, unknown
 from genkit.training.adapters import base_network
 from genkit.training.build import Run, build
+from genkit.training.calls import counting
 from genkit.training.config import TrainConfig, load_config
 from genkit.training.export import export, save_pipeline
 from genkit.training.few_steps import measure_few_steps
@@ -137,6 +138,7 @@ def distill(
     console.print(f"{method} by configs/{where.as_posix()}: {type(run.objective).__name__}, {type(run.pipe).__name__}")
     _announce(console, run)
     source, pipeline = run.source, output / "pipeline"
+    metrics: dict[str, float] = {}
     if config.rounds is not None:
         from genkit.training.rounds import self_play
 
@@ -144,13 +146,17 @@ def distill(
         self_play(config, quiet=quiet)
     else:
         trainer = Trainer(run, quiet=quiet)
-        trainer.train()
+        start = trainer.step
+        with counting(run.objective) as calls:
+            trainer.train()
+        items = (trainer.step - start) * config.global_batch_size / trainer.accelerator.num_processes
+        metrics |= {f"network calls in training, an item ({role})": n / items for role, n in calls.items()}
         save(trainer, pipeline)
         del trainer, run
     rows = measure_few_steps(pipeline, source, config, quiet=quiet)
     (output / "few_steps.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     code = usage(pipeline)
-    metrics = {f"{k} ({row['steps']} steps)": v for row in rows for k, v in row.items() if k != "steps"}
+    metrics |= {f"{k} ({row['steps']} steps)": v for row in rows for k, v in row.items() if k != "steps"}
     card = model_card(
         method,
         config.model_dump(mode="json", exclude_unset=True),
@@ -161,7 +167,7 @@ def distill(
         base_model=teacher if not Path(teacher).exists() else None,
     )
     (pipeline / "README.md").write_text(str(card), encoding="utf-8")
-    _report(console, rows, code)
+    _report(console, metrics, rows, code)
     return pipeline
 
 
@@ -231,7 +237,10 @@ def _short(n: float) -> str:
     return f"{n:,.3g} G"
 
 
-def _report(console: Console, rows: list[dict[str, Any]], code: str) -> None:
+def _report(console: Console, metrics: dict[str, float], rows: list[dict[str, Any]], code: str) -> None:
+    for name, value in metrics.items():
+        if name.startswith("network calls in training"):
+            console.print(f"{name}: {value:.3g}")
     names = list(dict.fromkeys(k for row in rows for k in row))
     table = Table(*names, box=None)
     for row in rows:
@@ -245,17 +254,20 @@ def usage(folder: Path) -> str:
     """Lines of Python that load the pipeline in ``folder`` and, where it makes pictures of noise, draw with it."""
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     name, where = index["_class_name"], folder.as_posix()
+    file = folder / "scheduler" / "scheduler_config.json"
+    scheduler = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    steps = len(scheduler.get("trained_times") or [1])
     asked = '"a lighthouse at dusk"' if index.get("text_encoder", [None])[0] else "class_labels=[0, 1, 2, 3]"
     if hasattr(diffusers, name):
         return (
             "import genkit  # makes its schedulers known to Diffusers\n"
             "from diffusers import DiffusionPipeline\n"
             f'pipe = DiffusionPipeline.from_pretrained("{where}")\n'
-            f"images = pipe({asked}, num_inference_steps=1, guidance_scale=1.0).images"
+            f"images = pipe({asked}, num_inference_steps={steps}, guidance_scale=1.0).images"
         )
     cls = next(c for c in members("genkit.pipelines", DiffusionPipeline).values() if c.__name__ == name)
     lines = f'from {cls.__module__} import {name}\npipe = {name}.from_pretrained("{where}")'
-    return lines + (f"\nimages = pipe({asked}, num_inference_steps=1).images" if name in PIPELINES else "")
+    return lines + (f"\nimages = pipe({asked}, num_inference_steps={steps}).images" if name in PIPELINES else "")
 
 
 def main(**arguments: Any) -> int:
