@@ -137,8 +137,8 @@ class Rounds(Section):
 
 
 class Distill(Section):
-    """What makes a recipe one of ``genkit distill``: the ``method``'s name there, and the classes of teachers' pipelines
-    that it is made for; none for any that no other recipe of the method is made for.
+    """What makes a recipe one of ``genkit distill``: the ``method``'s name there, and the classes of pipelines whose
+    models it is made for; none for all that no other recipe of the method is made for.
     """
 
     method: str
