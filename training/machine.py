@@ -96,16 +96,16 @@ def check(made: Accelerator, config: TrainConfig, objective: Objective, phases: 
         return
     name, kind = type(objective).__name__, made.distributed_type.value
     trained = {role for phase in phases for role in phase.trains}
+    if len(trained) > 1 or any(phase.backwards > 1 for phase in phases):
+        raise ValueError(
+            f"{kind}: objective={name} trains {sorted(trained)} in turns or by several losses, which it cannot; train "
+            "it with DDP (`accelerate launch --multi_gpu`)"
+        )
     moved = [role for role, part in objective.roles.items() if part.kept]
     if moved:
         raise ValueError(
             f"{kind}: objective={name} changes the weights of {moved} beside the optimiser, which it cannot; train it "
             "with DDP (`accelerate launch --multi_gpu`)"
-        )
-    if len(trained) > 1 or any(phase.backwards > 1 for phase in phases):
-        raise ValueError(
-            f"{kind}: objective={name} trains {sorted(trained)} in turns or by several losses, which it cannot; train "
-            "it with DDP (`accelerate launch --multi_gpu`)"
         )
     if made.distributed_type == DistributedType.FSDP:
         sharding.check(objective, config.sampling.every)

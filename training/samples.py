@@ -17,6 +17,7 @@ from genkit.eval.run import evaluate
 from genkit.pipelines.classic import classic_pipeline, set_schedule
 from genkit.rng import ItemRNG, hash_seed
 from genkit.sampling import sample, set_timesteps
+from genkit.training.adapters import base_network
 from genkit.training.build import Run
 from genkit.training.config import Rounds, Sampling
 
@@ -35,7 +36,7 @@ def draw(run: Run, read: dict[str, Any], rng: ItemRNG, num_inference_steps: int,
         return run.student.pictures(run.student.sample(uniform, condition))
     scheduler = run.objective.scheduler(run.pipe.scheduler)
     if getattr(scheduler.config, "use_dynamic_shifting", False):  # by the size of the picture
-        classic = classic_pipeline(run.student.module, {**run.pipe.components, "scheduler": scheduler})
+        classic = classic_pipeline(base_network(run.student), {**run.pipe.components, "scheduler": scheduler})
         set_schedule(classic, shape, num_inference_steps, device)
     else:
         set_timesteps(scheduler, num_inference_steps, device)

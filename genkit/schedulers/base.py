@@ -117,7 +117,7 @@ class PathScheduler(SchedulerMixin, ConfigMixin):
             config = {k: v for k, v in config.items() if k not in DYNAMIC_SHIFT or k in cls._settings()} | foreign
         made = super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
         own = made[0] if return_unused_kwargs else made
-        if foreign and "timestep_spacing" not in kwargs:
+        if foreign and "timestep_spacing" not in kwargs and not own.config.get("trained_times"):
             linear = isinstance(own.interpolant, Linear)
             visited = None if linear else lambda n: own.interpolant.timestep(own._spaced(n))
             warn_of_lost_grid(cls.__name__, own.config, visited)

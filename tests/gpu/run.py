@@ -106,7 +106,7 @@ def flow_map_sampling(device: str) -> float:
     return difference(*results)
 
 
-def training(loss: str, jvp: str) -> Callable[[str], float]:
+def training(loss: str, **settings) -> Callable[[str], float]:
     """Losses of ten steps; the run on the GPU draws the very same noise."""
 
     def check(device: str) -> float:
@@ -116,7 +116,7 @@ def training(loss: str, jvp: str) -> Callable[[str], float]:
                 config = TrainConfig(
                     output_dir=folder,
                     model=dict(network="dit", hidden_size=32, num_layers=2, num_heads=2),
-                    objective=dict(name="flow_map", loss=loss, jvp=jvp),
+                    objective=dict(name="flow_map", loss=loss, **settings),
                     data=dict(name="digits"),
                     optimizer=dict(name="AdamW", lr=1e-3),
                     global_batch_size=16,
@@ -143,9 +143,10 @@ CHECKS: list[tuple[str, Callable[[str], float], float]] = [
     ("APG on SD3", guided_pipeline("sd3", APG(guidance_scale=5.0)), 1e-3),
     ("two-time SD3, forward mode", two_time_derivative, 1e-3),
     ("two-time DiT, two jumps", flow_map_sampling, 1e-4),
-    ("training LSD, forward mode", training("lsd", "func"), 1e-3),
-    ("training LSD, differences", training("lsd", "finite_difference"), 1e-3),
-    ("training PSD-M", training("psd_m", "func"), 1e-3),
+    ("training LSD, dual numbers", training("lsd", jvp="dual"), 1e-3),
+    ("training LSD, forward mode", training("lsd", jvp="func"), 1e-3),
+    ("training LSD, differences", training("lsd", jvp="finite_difference"), 1e-3),
+    ("training PSD-M", training("psd_m"), 1e-3),
 ]
 
 

@@ -1,5 +1,6 @@
 """Jumps to clean data with noise put back."""
 
+import diffusers
 import pytest
 import torch
 
@@ -76,6 +77,13 @@ def test_trained_times():
 def test_eta_has_a_range(eta):
     with pytest.raises(ValueError, match=rf"eta={eta}: must lie in \[0, 1\]"):
         RenoiseScheduler(eta=eta)
+
+
+def test_trained_times_on_a_path_of_a_model():
+    """A student's times replace the grid of the model's own scheduler, whatever that was."""
+    scheduler = RenoiseScheduler.from_scheduler(diffusers.DDIMScheduler(), trained_times=[0.4])
+    scheduler.set_timesteps(1)
+    assert scheduler.times.tolist() == [0.4, 0]
 
 
 def test_saved_and_loaded(tmp_path):

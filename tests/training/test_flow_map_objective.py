@@ -170,6 +170,8 @@ def test_identity_runs_without_dropout_and_leaves_the_mode_alone():
 
 
 def test_bad_settings():
+    with pytest.raises(ValueError, match="jvp='dual': loss='psd_m' takes no derivatives"):
+        FlowMapConfig(loss="psd_m", jvp="dual")
     with pytest.raises(ValueError, match="t_min=0.6 must be below t_max=0.5"):
         FlowMapConfig(t_min=0.6, t_max=0.5)
     with pytest.raises(ValueError, match="stepsize"):

@@ -13,11 +13,12 @@ import yaml
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file
+from torch import nn
 
 from genkit.pipelines import ClassConditionalPipeline
 from genkit.training import checkpoint, logs, machine, sharding
 from genkit.training.compare import first_difference
-from genkit.training.objectives.base import Phase
+from genkit.training.objectives.base import Phase, Role
 
 SHARDED = [str(Path(__file__).with_name("fsdp_on_cpu.py"))]
 OBJECTIVE = dict(name="flow_map", loss="lsd", jvp="finite_difference", diagonal_fraction=0.5)
@@ -143,6 +144,14 @@ def test_methods_of_several_networks_or_losses_are_refused(kind, phases):
         machine.check(SimpleNamespace(distributed_type=kind), None, _Method(), phases)
 
 
+@pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED])
+def test_methods_that_move_weights_themselves_are_refused(kind):
+    method = _Method()
+    method.roles = {"average": Role(nn.Linear(1, 1), trains=False, kept=True)}
+    with pytest.raises(ValueError, match=rf"{kind.value}: objective=_Method changes the weights of \['average'\]"):
+        machine.check(SimpleNamespace(distributed_type=kind), None, method, [Phase("a", ("a",))])
+
+
 @pytest.mark.parametrize(
     "method, every, message",
     [
@@ -172,6 +181,12 @@ def test_fsdp_settings_that_cannot_be_kept_are_refused(monkeypatch, setting, val
 
 
 def test_forward_mode_is_declared(toys, tmp_path):
-    for loss, jvp, uses in (("lsd", "func", True), ("lsd", "finite_difference", False), ("psd_m", "func", False)):
-        objective = dict(name="flow_map", loss=loss, jvp=jvp)
-        assert toys.digits(Path(tmp_path, loss + jvp), objective=objective).objective.uses_forward_mode is uses
+    for i, (settings, uses) in enumerate(
+        (
+            (dict(loss="lsd", jvp="func"), True),
+            (dict(loss="lsd", jvp="finite_difference"), False),
+            (dict(loss="psd_m"), False),
+        )
+    ):
+        objective = dict(name="flow_map", **settings)
+        assert toys.digits(tmp_path / str(i), objective=objective).objective.uses_forward_mode is uses

@@ -85,6 +85,9 @@ class FlowMapConfig(ObjectiveConfig):
     def _ordered(self):
         if self.t_min >= self.t_max:
             raise ValueError(f"t_min={self.t_min} must be below t_max={self.t_max}")
+        unused = {"jvp", "jvp_step"} & self.model_fields_set if self.loss.startswith("psd") else set()
+        if unused:
+            raise ValueError(f"{min(unused)}={getattr(self, min(unused))!r}: loss={self.loss!r} takes no derivatives")
         return self
 
 
