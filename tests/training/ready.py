@@ -35,8 +35,9 @@ ANEW = dict(model=dict(network="dit", hidden_size=16, num_layers=1, num_heads=2)
 # Digits and noise as the pairs of one source: what methods on pairs are given here.
 COUPLED = dict(data=dict(name="transfer", x0=dict(name="digits"), eps=dict(name="synthetic", shape=[1, 8, 8])))
 
-# Noise cut to [-1, 1], and whole noise as fakes.
+# Noise cut to [-1, 1]; whole noise, or two grey levels, as fakes.
 FAKES = dict(data=dict(name="synthetic", shape=(1, 8, 8), num_classes=10, fields={"fake": dict(shape=(1, 8, 8))}))
+GREYS = dict(data=FAKES["data"] | dict(fields={"fake": dict(shape=(1, 8, 8), high=2)}))
 TOKENS = dict(network="gpt", hidden_size=16, num_layers=1, num_heads=2, dropout=0.0)
 
 # A generator that hardly moves, so that what follows it can be seen to.
@@ -59,7 +60,7 @@ READY: dict[str, list[Case]] = {
     ],
     "autoregressive": [Case(falls=("loss", 0.97), run=dict(model=TOKENS))],
     "ddo": [
-        Case(dict(alpha=2.0, beta=0.02), falls=("loss", 0.9), run=FAKES),
+        Case(dict(alpha=2.0, beta=0.02), falls=("loss", 0.9), run=FAKES, learns=dict(max_train_steps=90)),
         Case(
             dict(error="flow_prediction", times=dict(law="uniform", low=0.1, high=0.9)),
             falls=("loss", 0.9),
@@ -69,7 +70,7 @@ READY: dict[str, list[Case]] = {
     ],
     "ddo_autoregressive": [
         Case(dict(alpha=1.0), falls=("loss", 0.97), run=dict(model=TOKENS)),
-        Case(dict(fakes="stored", alpha=1.0), falls=("loss", 0.97), run=FAKES | dict(model=TOKENS)),
+        Case(dict(fakes="stored", alpha=1.0), falls=("loss", 0.97), run=GREYS | dict(model=TOKENS)),
     ],
     "apex": [
         Case(

@@ -194,6 +194,7 @@ def test_the_first_step(alpha):
     own = copy.deepcopy(objective.student_module).eval()
     own.zero_grad()
     rng = ItemRNG(0, data.index)
+    rng.uniform()  # whether the condition is dropped
     times = [rng.uniform(), rng.uniform()]
     errors = []
     for x0, t in zip((data.x0, data.fields["fake"]), times, strict=True):
