@@ -175,7 +175,7 @@ class MarginalTransport(Objective):
             v_one = v(start, end)
             x = linear.interpolate((start - expand(end, z) * v_one).detach(), eps, t)
             v_taught = taught(x, c.vd_guidance_scale)
-            with torch.no_grad():
+            with torch.no_grad(), torch.autocast(x.device.type, enabled=False):  # as the difference inside it
                 there = v(x, t)
                 gap = there - self._target(v, v_taught, x, t, there)
             distillation = mean_of_squares(gap + v_one - v_one.detach()).mean()
