@@ -112,6 +112,10 @@ def test_commands_are_what_the_programs_take(command):
         _parse_genkit(list(arguments))
         if arguments[0] == "train":
             _check_recipe(arguments[1], arguments[2:])
+        if arguments[0] == "distill":
+            from genkit.training.distill import recipes
+
+            assert arguments[arguments.index("--method") + 1] in {r.method for r in recipes(ROOT / "configs")}
         if arguments[0] == "cite":
             from genkit.cite import bibtex
 
