@@ -89,7 +89,7 @@ def _from_tensor(name: str, images: Tensor, labels: Tensor | None) -> ImageSet:
 
 
 def _from_data(name: str, data: Source) -> ImageSet:
-    if data.length is None or len(data.shape) != 3:
+    if data.length is None or data.shape is None or len(data.shape) != 3:
         raise ValueError(f"{name}: expected a finite source of images, got length {data.length}, shape {data.shape}")
     labels = None if data.num_classes is None else data.__getitems__(range(len(data)))["class_labels"]
     return ImageSet(name, len(data), lambda indices: to_uint8(data.__getitems__(indices)["x0"]), labels)

@@ -26,7 +26,7 @@ def fails(monkeypatch, capsys, *args):
 
 def test_help_names_every_command():
     text = call("--help").output
-    assert all(name in text for name in ("demo", "train", "sample", "eval", "doctor", "cite"))
+    assert all(name in text for name in ("demo", "train", "distill", "pairs", "sample", "eval", "doctor", "cite"))
     assert "run" in call("eval", "--help").output
 
 

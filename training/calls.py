@@ -4,10 +4,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from genkit.denoisers.network import unwrap
 from genkit.denoisers.two_time import TwoTimeNetwork
+from genkit.training.dual import Dual
 from genkit.training.objectives.base import Objective
 
 
@@ -15,7 +17,7 @@ from genkit.training.objectives.base import Objective
 def counting(objective: Objective) -> Iterator[Mapping[str, int]]:
     """Within, the mapping counts by role the items that its network was called on, once for every call.
 
-    Of roles that share a network the first counts. A call that also takes a derivative counts as one.
+    Of roles that share a network the first counts. A call that also takes a derivative counts as two, about its cost.
     """
     counts: dict[str, int] = {}
     handles, seen = [], set[int]()
@@ -34,7 +36,10 @@ def counting(objective: Objective) -> Iterator[Mapping[str, int]]:
 
 def _counter(counts: dict[str, int], name: str):
     def count(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        first = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.ndim)
-        counts[name] = counts.get(name, 0) + len(first)
+        inputs = [v for v in (*args, *kwargs.values()) if isinstance(v, (Tensor, Dual)) and v.ndim]
+        differentiated = torch._C._functorch.maybe_current_level() is not None or any(
+            isinstance(v, Dual) for v in inputs
+        )
+        counts[name] = counts.get(name, 0) + len(inputs[0]) * (2 if differentiated else 1)
 
     return count

@@ -58,7 +58,7 @@ class Inputs:
         """One micro-batch of the loader, on ``device``."""
         fields = {k: v.to(device, non_blocking=True) for k, v in read.items() if isinstance(v, Tensor)}
         index = fields["index"]
-        x0 = fields["x0"] if "x0" in fields else torch.zeros(len(index), *self.shape, device=device)
+        x0 = fields["x0"] if "x0" in fields else torch.zeros((len(index), *(self.shape or ())), device=device)
         if self.vae is not None:
             x0 = self._encode(x0, index)
         return Batch(x0, self.condition(read, device), index, fields)

@@ -43,7 +43,7 @@ class Synthetic(Source):
 
     def read(self, records, items):
         rng = self.rng(items)
-        batch: dict[str, Any] = {"x0": rng.normal(self.shape).clamp_(-1, 1)}
+        batch: dict[str, Any] = {"x0": rng.normal(self.config.shape).clamp_(-1, 1)}
         if self.num_classes is not None:
             batch["class_labels"] = rng.integers(self.num_classes)
         if self.config.prompts:
