@@ -262,23 +262,40 @@ def test_phases_must_divide():
 # -- the toy's targets -----------------------------------------------------------------------------------------------
 
 STEPS = (1, 2, 4, 8, 32)
-COSINE = Trigonometric()
+LAST = 0.99  # alpha is at least 0.016
 
 
-class Clamped:
-    """Times of the toy: alpha at least 0.016."""
+class Clamped(Trigonometric):
+    """The toy's cosine path, which stays where it is at 0.99 from there on."""
 
-    top = 0.99
+    def alpha(self, t):
+        return super().alpha(t.clamp(max=LAST))
+
+    def sigma(self, t):
+        return super().sigma(t.clamp(max=LAST))
+
+
+class ClampedMLP(planar.MLP):
+    """Sees no later time either."""
+
+    def __init__(self):
+        super().__init__(two_times=False)
+
+    def forward(self, x, t):
+        return super().forward(x, t.clamp(max=LAST))
+
+
+COSINE = Clamped()
 
 
 def ddim(net):
-    """``draw`` for ``planar.distances``: DDIM on the cosine path, from pure noise, at times cut at 0.99."""
+    """``draw`` for ``planar.distances``: DDIM on the cosine path, from pure noise."""
 
     @torch.no_grad()
     def draw(noise, n):
         x = noise
         for k in range(n):
-            now, then = (torch.full((len(x),), min(1 - j / n, Clamped.top)) for j in (k, k + 1))
+            now, then = (torch.full((len(x),), 1 - j / n) for j in (k, k + 1))
             eps = net(x, now)
             clean = COSINE.convert(eps, "epsilon", "sample", x, now)
             x = COSINE.interpolate(clean, eps, then)
@@ -296,44 +313,64 @@ class Unmatched(Made):
 
 @pytest.mark.slow
 def test_matched_pairs_beat_unmatched_ones(tmp_path, capsys):
-    published = {
-        "unmatched, eps": (2.80, 0.78, 0.48, 0.48, 0.22),
-        "matched, eps": (1.21, 0.32, 0.19, 0.13, 0.078),
+    """At many steps in either space, and at one in that of samples.
+
+    In the first two steps the error of eps is multiplied by 1/alpha, up to 64, and is mostly chance: a bare loop of the
+    same setting gave 2.03, 1.62, 1.73, 2.18 and 0.53, 0.38, 0.43, 0.59 for four seeds, where the table has 1.21 and
+    0.32 of one. The bound is 1.5 times their mean there, and 1.5 times the table everywhere else.
+    """
+    expected = {
+        "unmatched, eps": None,
+        "matched, eps": (1.89, 0.48, 0.19, 0.13, 0.078),
         "matched, sample": (0.66, 0.31, 0.20, 0.16, 0.13),
     }
     source, found = Made(), {}
-    for name in published:
+    for name in expected:
         torch.manual_seed(0)
-        net = planar.MLP(two_times=False)
+        net = ClampedMLP()
         kind = dict(space="sample") if name.endswith("sample") else dict(space="epsilon", huber_c=None)
-        config = RectifiedDiffusionConfig(times=dict(law="uniform", high=Clamped.top), **kind)
+        config = RectifiedDiffusionConfig(times=dict(law="uniform"), **kind)
         objective = RectifiedDiffusion(config, FunctionDenoiser(net, COSINE, "epsilon"))
         data = Unmatched() if name.startswith("unmatched") else source
         trainer, seconds = planar.train(tmp_path / name.replace(", ", "_"), objective, source=data)
         with trainer.averaged():
             found[name], _ = planar.distances(ddim(net), STEPS)
         planar.show(capsys, f"rectified diffusion, {name}, SW2", found[name], seconds)
-    one = [values[0] for values in found.values()]
-    assert one == sorted(one, reverse=True)
+    unmatched, eps, clean = found.values()
+    assert clean[0] < 0.5 * eps[0] and clean[0] < 0.5 * unmatched[0]
+    assert eps[3] < 0.75 * unmatched[3] and eps[4] < 0.85 * unmatched[4]
     for name in ("matched, eps", "matched, sample"):
-        for value, bound in zip(found[name], published[name], strict=True):
+        for value, bound in zip(found[name], expected[name], strict=True):
             assert value <= 1.5 * bound, name
+
+
+class PerPhase(torch.nn.Module):
+    """A network a phase: what is learned jumps where phases meet, which the toy's slow waves in time cannot follow."""
+
+    def __init__(self, phases):
+        super().__init__()
+        self.nets = torch.nn.ModuleList(planar.MLP(two_times=False) for _ in range(phases))
+
+    def forward(self, x, t):
+        number = (torch.ceil(t * len(self.nets) - 1e-4) - 1).long().clamp(min=0)
+        outputs = torch.stack([net(x, t) for net in self.nets])
+        return outputs[number, torch.arange(len(x))]
 
 
 @pytest.mark.slow
 def test_phases_on_the_toy(tmp_path, capsys):
-    """Four phases of an exact teacher: four DDIM steps do better than the teacher's four."""
+    """Four phases of an exact teacher: four steps of the student do better than the teacher's four."""
     path = SD
     law = planar.LAW.__class__(planar.LAW.means, planar.LAW.stds, interpolant=path)
     teacher = FunctionDenoiser(Net(lambda x, t: law.predict("epsilon", x, t)).float(), path, "epsilon")
     torch.manual_seed(0)
-    net = planar.MLP(two_times=False)
-    student = FunctionDenoiser(net, path, "epsilon")
-    trainer, seconds = planar.train(tmp_path, phased(student, teacher))
+    student = FunctionDenoiser(PerPhase(4), path, "v_prediction")
+    trainer, seconds = planar.train(tmp_path, phased(student, teacher, teacher_steps=16))
 
     def draw_by(denoiser):
         def draw(noise, n):
-            scheduler = first_order_scheduler(DDIMScheduler(**STABLE, clip_sample=False))
+            kind = denoiser.prediction_type
+            scheduler = first_order_scheduler(DDIMScheduler(**STABLE, clip_sample=False, prediction_type=kind))
             set_timesteps(scheduler, n)
             return sample(denoiser, scheduler, noise)
 
@@ -343,4 +380,4 @@ def test_phases_on_the_toy(tmp_path, capsys):
         values, _ = planar.distances(draw_by(student), (4, 8))
     exact, _ = planar.distances(draw_by(teacher), (4, 8))
     planar.show(capsys, "phased rectified diffusion, SW2 at 4 / 8", values, seconds, teacher_4=exact[0])
-    assert values[0] < 0.8 * exact[0]
+    assert values[0] < 0.6 * exact[0]

@@ -47,6 +47,7 @@ class PhasedRectifiedDiffusion(Objective):
     with no division by ``alpha``, and equal to ``(x_e/alpha_e - x_s/alpha_s) / (n_e - n_s)``, ``n = sigma/alpha``. At a
     time ``t`` of the phase, ``x_t = alpha_t x0' + sigma_t eps'``, and the student's ends there say
     ``x_hat_e = alpha_e x0_hat + sigma_e eps_hat``. Sampled by ``num_phases`` DDIM steps, or a multiple of them.
+    What is learned jumps where phases meet: the network's features of time must be able to tell these times apart.
 
     Source: Wang et al., "Rectified diffusion: straightness is not your need in rectified flow", arXiv 2410.07303,
     section 3.4 (phased).
