@@ -150,7 +150,8 @@ def measured(trainer: Trainer) -> dict[str, Any]:
     """Frechet distance, class accuracy and recall of the averaged student, per number of steps that it knows."""
     labels = Digits().labels
     values: dict[str, Any] = {}
-    known = len(getattr(trainer.objective.scheduler(trainer.run.pipe.scheduler).config, "trained_times", None) or STEPS)
+    times = trainer.objective.scheduler(trainer.run.pipe.scheduler).config.get("trained_times")
+    known = len(times) if times else max(STEPS)
     with trainer.averaged():
         for n in STEPS:
             if n > known:

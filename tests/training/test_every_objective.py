@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from genkit.denoisers import FunctionDenoiser, FunctionFlowMap
-from genkit.interpolants import Linear, VariancePreserving
+from genkit.interpolants import Linear, VariancePreserving, expand
 from genkit.registry import members
 from genkit.rng import ItemRNG
 from genkit.testing.oracles import Gaussian
@@ -75,15 +75,30 @@ def test_a_killed_run_goes_on_bit_for_bit(name, i, toys, teacher, tmp_path):
 
 
 class Exact(nn.Module):
-    """The exact prediction of a Gaussian, and a weight that leaves it as it is, for methods that train a copy."""
+    """The exact prediction of a Gaussian whose mean its condition moves; a weight that leaves it as it is, for methods
+    that train a copy."""
 
     def __init__(self, law, prediction_type):
         super().__init__()
-        self.denoiser = law.denoiser(prediction_type)
+        self.law, self.path, self.prediction_type = law.denoiser("sample"), law.interpolant, prediction_type
         self.scale = nn.Parameter(torch.ones((), dtype=torch.float64))
 
-    def forward(self, x, t):
-        return self.denoiser(x, t).raw * self.scale
+    def forward(self, x, t, prompt_embeds):
+        move = prompt_embeds.sum(1)
+        clean = self.law(x - expand(self.path.alpha(t), x) * move, t).sample + move
+        return self.path.convert(clean, "sample", self.prediction_type, x, t) * self.scale
+
+
+class Student(nn.Module):
+    """The toy's network, which sees its condition as a displacement."""
+
+    def __init__(self, two_times):
+        super().__init__()
+        self.net = MLP(two_times).double()
+        nn.init.normal_(self.net.body[-1].weight, std=0.3)
+
+    def forward(self, x, t, s=None, *, prompt_embeds, **scalars):
+        return self.net(x + prompt_embeds.sum(1), t, s)
 
 
 def values(name, case: Case, path, prediction_type) -> Iterator[float]:
@@ -91,16 +106,17 @@ def values(name, case: Case, path, prediction_type) -> Iterator[float]:
     cls = OBJECTIVES[name]
     law = Gaussian(torch.tensor([1.0, -2.0], dtype=torch.float64), 0.5, interpolant=path)
     torch.manual_seed(0)
-    net = MLP(two_times=cls.needs_flow_map).double()
-    nn.init.normal_(net.body[-1].weight, std=0.3)
+    net = Student(cls.needs_flow_map)
     student = FunctionFlowMap(net, path) if cls.needs_flow_map else FunctionDenoiser(net, path, "flow_prediction")
     teacher = FunctionDenoiser(Exact(law, prediction_type), path, prediction_type)
     torch.manual_seed(1)
     objective = cls(cls.Config(**case.objective), student, teacher).double()
     items = torch.arange(16)
+    embeds = ItemRNG(5, items).normal((3, 2), dtype=torch.float64) / 3
+    condition = Condition({"prompt_embeds": embeds}, {"prompt_embeds": torch.zeros_like(embeds)})
     x0 = law.sample(16, generator=torch.Generator().manual_seed(3)).double()
     for phase in objective.phases(0):
-        batch = Batch(x0, Condition(), items, {"x0": x0, "fake": x0.flip(0) / 2}, 3, 10)
+        batch = Batch(x0, condition, items, {"x0": x0, "fake": x0.flip(0) / 2}, 3, 10)
         for loss in objective.losses(phase, batch, ItemRNG(7, items)):
             yield loss.value.item()
 
