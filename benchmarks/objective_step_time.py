@@ -21,7 +21,7 @@ from genkit.data.digits import Digits
 from genkit.networks.dit import DiT
 from genkit.training.build import build
 from genkit.training.config import TrainConfig
-from genkit.training.forward_mode import exact_jvp
+from genkit.training.parts.forward_mode import exact_jvp
 from genkit.training.trainer import Trainer
 
 BOUND, LSD_BOUND = 1.05, 2.0

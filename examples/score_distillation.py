@@ -11,8 +11,8 @@ from diffusers import DiffusionPipeline
 from genkit.denoisers import from_pipeline
 from genkit.latents import unstandardise
 from genkit.rng import ItemRNG
-from genkit.training.annealing import LinearSchedule
 from genkit.training.optimize_image import optimize_image
+from genkit.training.parts.annealing import LinearSchedule
 
 
 def main(arguments: list[str] | None = None) -> None:

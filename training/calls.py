@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from genkit.denoisers.network import unwrap
 from genkit.denoisers.two_time import TwoTimeNetwork
-from genkit.training.dual import Dual
 from genkit.training.objectives.base import Objective
+from genkit.training.parts.dual import Dual
 
 
 @contextmanager

@@ -10,10 +10,10 @@ from tqdm.auto import tqdm
 from genkit.denoisers.base import Condition, Denoiser
 from genkit.latents import standardise, unstandardise
 from genkit.rng import ItemRNG, hash_seed
-from genkit.training.annealing import LinearSchedule, Schedule
-from genkit.training.fake import FakeModel, FullFake, LoraFake
-from genkit.training.losses import wide
-from genkit.training.score_distillation import (
+from genkit.training.parts.annealing import LinearSchedule, Schedule
+from genkit.training.parts.fake import FakeModel, FullFake, LoraFake
+from genkit.training.parts.losses import wide
+from genkit.training.parts.score_distillation import (
     NEEDS_FAKE,
     Method,
     Weight,
@@ -48,7 +48,9 @@ def optimize_image(
     callback: Callable[[int, Tensor], None] | None = None,
     quiet: bool = False,
 ) -> Tensor:
-    """``x`` after ``num_steps`` Adam steps along ``g = w (e_T - b)``, see :mod:`genkit.training.score_distillation`.
+    """``x`` after ``num_steps`` Adam steps along ``g = w (e_T - b)``.
+
+    The estimator is that of :mod:`genkit.training.parts.score_distillation`.
 
     With ``vae`` the items are pictures, and the reconstruction form regresses them on the decoded clean sample of the
     teacher: neither encoder nor decoder is differentiated.

@@ -32,7 +32,7 @@ from genkit.testing import tiny
 from genkit.testing.oracles import eight_gaussians
 from genkit.training.build import build
 from genkit.training.config import TrainConfig
-from genkit.training.residuals import directional_derivative, flow_map
+from genkit.training.parts.residuals import directional_derivative, flow_map
 from genkit.training.trainer import Trainer
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"

@@ -21,10 +21,10 @@ from genkit.rng import ItemRNG
 from genkit.testing import tiny
 from genkit.training.build import build
 from genkit.training.config import TrainConfig, load_config
-from genkit.training.diffusion_discriminator import DiffusionDiscriminator, Head, Lora, latent_adapter
 from genkit.training.export import export
 from genkit.training.objectives.base import Batch
 from genkit.training.objectives.d3sr import D3SR, D3SRConfig
+from genkit.training.parts.diffusion_discriminator import DiffusionDiscriminator, Head, Lora, latent_adapter
 from genkit.training.trainer import Trainer
 from tests.test_perceptual import vgg
 

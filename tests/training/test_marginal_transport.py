@@ -19,7 +19,7 @@ from genkit.training.objectives.marginal_transport import (
     MarginalTransport,
     MarginalTransportConfig,
 )
-from genkit.training.residuals import eulerian
+from genkit.training.parts.residuals import eulerian
 from tests.training import planar
 
 LAW = Gaussian([1.0, -2.0], 0.5)

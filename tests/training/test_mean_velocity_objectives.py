@@ -20,7 +20,7 @@ from genkit.training.objectives.improved_mean_flow import ImprovedMeanFlow, Impr
 from genkit.training.objectives.mean_flow import MeanFlow, MeanFlowConfig
 from genkit.training.objectives.scm import Scm, ScmConfig
 from genkit.training.objectives.so_flow import GAP, SoFlow, SoFlowConfig, fading
-from genkit.training.times import LogitNormal, Uniform
+from genkit.training.parts.times import LogitNormal, Uniform
 from tests.training.planar import MLP
 
 F64 = torch.float64

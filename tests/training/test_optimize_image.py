@@ -6,9 +6,9 @@ import torch
 from genkit.denoisers import from_pipeline
 from genkit.denoisers.base import Condition
 from genkit.testing.oracles import GaussianMixture
-from genkit.training.annealing import Constant, LinearSchedule
-from genkit.training.fake import FullFake, LoraFake
 from genkit.training.optimize_image import optimize_image
+from genkit.training.parts.annealing import Constant, LinearSchedule
+from genkit.training.parts.fake import FullFake, LoraFake
 
 # Two classes at +2 and -2; class 2 stands for none.
 TWO = GaussianMixture([[2.0], [-2.0]], 0.3, labels=[0, 1])

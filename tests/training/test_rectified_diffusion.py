@@ -12,11 +12,11 @@ from genkit.interpolants import PREDICTION_TYPES, Linear, Trigonometric, expand,
 from genkit.rng import ItemRNG
 from genkit.sampling import sample, set_timesteps
 from genkit.testing.oracles import Gaussian
-from genkit.training.first_order import first_order_scheduler
 from genkit.training.objectives.base import Batch
 from genkit.training.objectives.rectified_diffusion import RectifiedDiffusion, RectifiedDiffusionConfig
 from genkit.training.objectives.rectified_diffusion_phased import PhasedConfig, PhasedRectifiedDiffusion, implied_ends
 from genkit.training.objectives.rectified_flow import RectifiedFlow, RectifiedFlowConfig
+from genkit.training.parts.first_order import first_order_scheduler
 from tests.training import planar
 from tests.training.test_rectified_flow import MEAN, STD, Made, Net, pairs, straight
 

@@ -177,9 +177,7 @@ def test_a_teacher_makes_data_unnecessary():
 
 def test_refusals():
     config = RectifiedFlowConfig(coupling=PAIRS)
-    with pytest.raises(
-        ValueError, match="path Linear, the student is on VariancePreserving; use"
-    ):
+    with pytest.raises(ValueError, match="path Linear, the student is on VariancePreserving; use"):
         RectifiedFlow(config, student(straight, path=VariancePreserving()))
     with pytest.raises(ValueError, match="coupling.kind='teacher' has no teacher"):
         RectifiedFlow(RectifiedFlowConfig(coupling=dict(kind="teacher")), student(straight))

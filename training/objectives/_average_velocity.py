@@ -9,12 +9,12 @@ from torch import Tensor
 
 from genkit.denoisers.base import Condition, Denoiser, FlowMap
 from genkit.rng import ItemRNG
-from genkit.training.forward_mode import Jvp
-from genkit.training.losses import adaptive, evaluating, sum_of_squares
-from genkit.training.mean_velocity import guided_target, mean_flow
 from genkit.training.objectives.base import Batch, Loss, Objective, ObjectiveConfig, Phase
-from genkit.training.targets import guided_velocity
-from genkit.training.times import LogitNormal, TimeLaw, share
+from genkit.training.parts.forward_mode import Jvp
+from genkit.training.parts.losses import adaptive, evaluating, sum_of_squares
+from genkit.training.parts.mean_velocity import guided_target, mean_flow
+from genkit.training.parts.targets import guided_velocity
+from genkit.training.parts.times import LogitNormal, TimeLaw, share
 
 
 class AverageVelocityConfig(ObjectiveConfig):
@@ -23,8 +23,8 @@ class AverageVelocityConfig(ObjectiveConfig):
     ``time``, ``end_time``: laws of two times; ``end_time`` unset means as ``time``. ``order``: ``v0`` makes the later
     one ``t`` and the earlier ``s``; ``v1``, for two laws that differ, keeps ``t`` and takes ``s = min(t, end_time)``.
     ``diagonal_fraction``: share of items with ``s = t``, which are plain flow matching (``v0`` decides after ordering,
-    ``v1`` before). ``jvp``: how ``du/dt`` is found (see :mod:`genkit.training.forward_mode`); ``jvp_step``: half the
-    distance, in ``t``, of finite differences. ``weight_power`` and
+    ``v1`` before). ``jvp``: how ``du/dt`` is found (see :mod:`genkit.training.parts.forward_mode`); ``jvp_step``: half
+    the distance, in ``t``, of finite differences. ``weight_power`` and
     ``weight_offset``: ``p`` and ``c`` of the weight ``1 / (r + c)^p`` of an item whose squared error, summed over
     dimensions, is ``r``.
     """

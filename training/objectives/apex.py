@@ -10,12 +10,12 @@ from torch import Tensor
 from genkit.denoisers.base import Condition, Denoiser, FlowMap
 from genkit.interpolants import expand
 from genkit.rng import ItemRNG
-from genkit.training.apex_targets import consistency_residual, enhancement, gap_weight, mixed_velocity
-from genkit.training.condition_shift import ConditionShiftConfig, ShiftConfig, relative_square, warn_if_invisible
-from genkit.training.losses import barron, evaluating, mean_of_squares, wide
 from genkit.training.objectives.base import Batch, Loss, Objective, ObjectiveConfig, Phase, Role, drop_condition
-from genkit.training.reference import Reference
-from genkit.training.times import Beta, TimeLaw, Uniform
+from genkit.training.parts.apex_targets import consistency_residual, enhancement, gap_weight, mixed_velocity
+from genkit.training.parts.condition_shift import ConditionShiftConfig, ShiftConfig, relative_square, warn_if_invisible
+from genkit.training.parts.losses import barron, evaluating, mean_of_squares, wide
+from genkit.training.parts.reference import Reference
+from genkit.training.parts.times import Beta, TimeLaw, Uniform
 
 Part = Literal["e2e", "mul", "any", "end", "adv"]
 _SHORT = 0.05  # longest jump of "mul", as a share of t
@@ -122,14 +122,14 @@ class Apex(Objective):
 
     ======= ==================================== ===================================================================
     ``e2e``  ``t = 1``, ``s = 0``, ``x_t = eps``  flow velocity (guided), made consistent by
-    ``mul``  ``s`` in ``[0.95 t, t]``             :func:`~genkit.training.apex_targets.consistency_residual` ``r``:
+    ``mul``  ``s`` in ``[0.95 t, t]``             ``r`` is ``consistency_residual`` of ``parts/apex_targets.py``:
     ``any``  ``s`` in ``[0, t]``                  ``target = sg(u - clamp(r))``
     ``end``  ``s = 0``
     ``adv``  ``s = t``, fake branch               flow velocity of the student's own one-step samples; ``w = 1``
     ======= ==================================== ===================================================================
 
     and ``g = clamp(v_fake - v)`` at fresh noise on the one-step samples ``eps - u``: descending
-    ``KL(fake || real)`` needs ``dL/du`` along it. ``w`` is :func:`~genkit.training.apex_targets.gap_weight`. With
+    ``KL(fake || real)`` needs ``dL/du`` along it. ``w`` is :func:`~genkit.training.parts.apex_targets.gap_weight`. With
     ``shift.kind=time_sign`` this is TwinFlow.
 
     Literal: ``mix_weight |v - (1 - lambda) v_data - lambda sg v_fake|^2 + fake_weight |v_fake(x', t') - v'|^2`` with

@@ -26,7 +26,8 @@ from genkit.pipelines.super_resolution import (
 )
 from genkit.rng import ItemRNG
 from genkit.training import build
-from genkit.training.diffusion_discriminator import (
+from genkit.training.objectives.base import Batch, Loss, Objective, ObjectiveConfig, Phase, Role
+from genkit.training.parts.diffusion_discriminator import (
     Adapter,
     DiffusionDiscriminator,
     Head,
@@ -34,9 +35,8 @@ from genkit.training.diffusion_discriminator import (
     check_judge,
     latent_adapter,
 )
-from genkit.training.losses import mean_of_squares
-from genkit.training.objectives.base import Batch, Loss, Objective, ObjectiveConfig, Phase, Role
-from genkit.training.times import TimeLaw, Uniform
+from genkit.training.parts.losses import mean_of_squares
+from genkit.training.parts.times import TimeLaw, Uniform
 
 LOW = "low"
 
@@ -56,9 +56,9 @@ class Adversarial(BaseModel):
 
     ``judge``: folder or name of the pipeline of a larger model; unset, a copy of what the student starts from.
     ``latent_adapter``: how it sees the generator's samples, see
-    :func:`genkit.training.diffusion_discriminator.latent_adapter`. ``times``: law of the noise at which it judges.
-    ``depth``, ``lora``, ``head``, ``dtype``: see
-    :class:`genkit.training.diffusion_discriminator.DiffusionDiscriminator`.
+    :func:`genkit.training.parts.diffusion_discriminator.latent_adapter`. ``times``: law of the noise at which it
+    judges. ``depth``, ``lora``, ``head``, ``dtype``: see
+    :class:`genkit.training.parts.diffusion_discriminator.DiffusionDiscriminator`.
     ``optimizer``: settings in place of the run's, for the discriminator.
     """
 

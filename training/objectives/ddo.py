@@ -14,7 +14,6 @@ from genkit.denoisers.base import Condition, Denoiser
 from genkit.interpolants import Interpolant
 from genkit.rng import ItemRNG
 from genkit.training.adapters import adapter_names, without_adapter
-from genkit.training.losses import sum_of_squares, wide
 from genkit.training.objectives.base import (
     Batch,
     DivergedError,
@@ -25,7 +24,8 @@ from genkit.training.objectives.base import (
     Role,
     drop_condition,
 )
-from genkit.training.times import TimeLaw, Uniform
+from genkit.training.parts.losses import sum_of_squares, wide
+from genkit.training.parts.times import TimeLaw, Uniform
 
 
 def ddo_loss(delta_real: Tensor, delta_fake: Tensor, alpha: float, beta: float) -> Tensor:

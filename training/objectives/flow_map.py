@@ -13,7 +13,6 @@ from genkit.denoisers.base import Condition, Denoiser, FlowMap
 from genkit.denoisers.scalars import without
 from genkit.interpolants import expand
 from genkit.rng import ItemRNG
-from genkit.training.losses import evaluating, sum_of_squares
 from genkit.training.objectives.base import (
     Batch,
     DivergedError,
@@ -24,9 +23,10 @@ from genkit.training.objectives.base import (
     Role,
     drop_condition,
 )
-from genkit.training.residuals import Jvp, StopGrad, eulerian, lagrangian, progressive
-from genkit.training.targets import guided_velocity
-from genkit.training.times import share
+from genkit.training.parts.losses import evaluating, sum_of_squares
+from genkit.training.parts.residuals import Jvp, StopGrad, eulerian, lagrangian, progressive
+from genkit.training.parts.targets import guided_velocity
+from genkit.training.parts.times import share
 
 
 class GuidanceLaw(ObjectiveConfig):
@@ -60,10 +60,10 @@ class FlowMapConfig(ObjectiveConfig):
 
     ``loss``: ``lsd``, ``esd``, ``psd_m`` or ``psd_u``. ``diagonal_fraction``: share of items trained by flow matching.
     ``stopgrad``: ``none``, ``convex`` or ``full``; unset means as published, ``full`` for ``esd`` and ``convex`` for
-    the others. ``jvp``: how ``lsd`` and ``esd`` differentiate (see :mod:`genkit.training.forward_mode`; ``jvp_step``:
-    half the distance, in ``t``, of finite differences). ``guidance_scale``: 1 is none; otherwise the guidance the
-    student is taught, from the teacher's two branches or, without teacher, its own; a :class:`GuidanceLaw` for one that
-    can be told how much.
+    the others. ``jvp``: how ``lsd`` and ``esd`` differentiate (see :mod:`genkit.training.parts.forward_mode`;
+    ``jvp_step``: half the distance, in ``t``, of finite differences). ``guidance_scale``: 1 is none; otherwise the
+    guidance the student is taught, from the teacher's two branches or, without teacher, its own; a
+    :class:`GuidanceLaw` for one that can be told how much.
     ``learned_weight``: divide each loss by its own learned scale (see :class:`LossWeight`). Training stops when the
     off-diagonal is weighted more than ``weight_ratio_limit`` times the diagonal: self-consistency, which can be had
     without any data, would drown the data.
@@ -92,7 +92,7 @@ class FlowMapConfig(ObjectiveConfig):
 
 
 class FlowMapObjective(Objective):
-    """Flow matching on the diagonal plus a flow-map identity off it (see :mod:`genkit.training.residuals`).
+    """Flow matching on the diagonal plus a flow-map identity off it (see :mod:`genkit.training.parts.residuals`).
 
     ``L = mean_i [ exp(-w_i) r_i + w_i ]`` with ``r_i`` the squared residual of item ``i`` summed over dimensions and
     ``w = 0`` unless learned. Times of the off-diagonal items are uniform on the triangle ``s <= t``. With a teacher the

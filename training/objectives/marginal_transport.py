@@ -12,12 +12,12 @@ from genkit.denoisers.on_path import OnPath, change_path
 from genkit.interpolants import Linear, expand
 from genkit.rng import ItemRNG
 from genkit.schedulers.renoise import RenoiseScheduler
-from genkit.training.forward_mode import Exact, Jvp
-from genkit.training.losses import evaluating, mean_of_squares, wide
 from genkit.training.objectives.base import Batch, Loss, Objective, ObjectiveConfig, Phase, drop_condition
-from genkit.training.residuals import directional_derivative
-from genkit.training.targets import guided_velocity
-from genkit.training.times import LogitNormal, TimeLaw
+from genkit.training.parts.forward_mode import Exact, Jvp
+from genkit.training.parts.losses import evaluating, mean_of_squares, wide
+from genkit.training.parts.residuals import directional_derivative
+from genkit.training.parts.targets import guided_velocity
+from genkit.training.parts.times import LogitNormal, TimeLaw
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 _EXACT = get_args(Exact)
@@ -47,7 +47,7 @@ class MarginalTransportConfig(ObjectiveConfig):
 
     ``times``: law of ``t``, stretched over the times at which the derivative can be taken. ``jvp``: how ``dv/dt`` is:
     ``backward_difference`` of ``jvp_step``, as published, by one more call; the others as in
-    :mod:`genkit.training.forward_mode`. ``derivative_norm``: bounds it, which is steadier but moves the fixed
+    :mod:`genkit.training.parts.forward_mode`. ``derivative_norm``: bounds it, which is steadier but moves the fixed
     point towards the instantaneous velocity: better at 2 to 4 steps, worse at one. ``vd_weight``: of velocity
     distillation beside velocity matching; it needs a teacher. ``vm_guidance_scale``, ``vd_guidance_scale``: the
     teacher's guidance in the two (1 is none); of several each item draws one. ``consistency_phases``: in place of

@@ -37,8 +37,8 @@ class MeanFlow(AverageVelocity):
     """``E r / sg(r + c)^p``, ``r = |u(x_t,t,s) - sg[v - (t - s) du/dt]|^2``, ``du/dt`` in direction ``(v, 1)``.
 
     ``v = alpha' x0 + sigma' eps`` of the data, with ``omega``, ``kappa`` and the interval of the paper mixed with the
-    student's own velocities (see :func:`genkit.training.mean_velocity.guided_target`), or the guided velocity of a
-    teacher. Items whose condition was dropped keep the plain ``v``, so that the unconditional branch stays unguided.
+    student's own velocities (see :func:`genkit.training.parts.mean_velocity.guided_target`), or the guided velocity of
+    a teacher. Items whose condition was dropped keep the plain ``v``, so that the unconditional branch stays unguided.
     Any path and prediction type. Logged are the errors before weighting, since with ``weight_power = 1`` the loss is
     near 1 whatever happens, and the root mean square norm of ``du/dt``.
 

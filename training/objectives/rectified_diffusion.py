@@ -6,10 +6,10 @@ from pydantic import Field
 
 from genkit.interpolants import DiscreteVP, check_prediction_type
 from genkit.rng import ItemRNG
-from genkit.training.first_order import error, first_order_scheduler
 from genkit.training.objectives.base import Batch, Loss, Objective, ObjectiveConfig, Phase, drop_condition
 from genkit.training.objectives.rectified_flow import paired_noise
-from genkit.training.times import Grid, TimeLaw
+from genkit.training.parts.first_order import error, first_order_scheduler
+from genkit.training.parts.times import Grid, TimeLaw
 
 
 class RectifiedDiffusionConfig(ObjectiveConfig):

@@ -9,8 +9,8 @@ from torch import Tensor
 from genkit.denoisers.base import Condition
 from genkit.interpolants import Interpolant, expand
 from genkit.rng import ItemRNG
-from genkit.training.first_order import error, first_order_scheduler
 from genkit.training.objectives.base import Batch, Loss, Objective, ObjectiveConfig, Phase, drop_condition
+from genkit.training.parts.first_order import error, first_order_scheduler
 
 
 class PhasedConfig(ObjectiveConfig):

@@ -11,11 +11,11 @@ from genkit.denoisers.base import Condition, Denoiser
 from genkit.denoisers.on_path import OnPath
 from genkit.interpolants import Linear
 from genkit.rng import ItemRNG
-from genkit.training.first_order import first_order_scheduler
-from genkit.training.losses import mean_of_squares
 from genkit.training.objectives.base import Batch, Loss, Objective, ObjectiveConfig, Phase, drop_condition
-from genkit.training.targets import guided_velocity
-from genkit.training.times import Grid, TimeLaw, Uniform
+from genkit.training.parts.first_order import first_order_scheduler
+from genkit.training.parts.losses import mean_of_squares
+from genkit.training.parts.targets import guided_velocity
+from genkit.training.parts.times import Grid, TimeLaw, Uniform
 
 
 class _Coupling(BaseModel):

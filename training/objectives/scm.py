@@ -11,13 +11,13 @@ from genkit.denoisers.base import Denoiser
 from genkit.interpolants import expand
 from genkit.rng import ItemRNG
 from genkit.schedulers.renoise import RenoiseScheduler
-from genkit.training.forward_mode import Jvp
-from genkit.training.losses import evaluating, mean_of_squares
-from genkit.training.mean_velocity import Angle, consistency_tangent
 from genkit.training.objectives.base import Batch, Loss, Objective, ObjectiveConfig, Phase, Role, drop_condition
 from genkit.training.objectives.flow_map import LossWeight
-from genkit.training.targets import guided_velocity
-from genkit.training.times import LogitNormal, TimeLaw
+from genkit.training.parts.forward_mode import Jvp
+from genkit.training.parts.losses import evaluating, mean_of_squares
+from genkit.training.parts.mean_velocity import Angle, consistency_tangent
+from genkit.training.parts.targets import guided_velocity
+from genkit.training.parts.times import LogitNormal, TimeLaw
 
 
 class ScmConfig(ObjectiveConfig):
@@ -28,8 +28,8 @@ class ScmConfig(ObjectiveConfig):
     ``guidance_scale``: of the teacher, 1 for none. ``tangent_warmup_steps``: steps over which the unstable part of the
     tangent is brought in. ``tangent_norm``: ``g / (|g| + tangent_offset)`` with ``|g|`` the norm (``l2``) or the root
     mean square (``rms``) of an item. ``learned_weight``: divide the loss by its own scale, learned as a function of
-    ``t``. ``jvp``: how the tangent is found (see :mod:`genkit.training.forward_mode`); ``jvp_step``: half the distance,
-    in ``t``, of finite differences.
+    ``t``. ``jvp``: how the tangent is found (see :mod:`genkit.training.parts.forward_mode`); ``jvp_step``: half the
+    distance, in ``t``, of finite differences.
     """
 
     time: TimeLaw = LogitNormal(mean=-1.0, std=1.4)
@@ -48,9 +48,9 @@ class Scm(Objective):
     """``E [ e^{-w} / (D tan theta) |F - sg(F + g)|^2 + w ]`` with ``g`` the normalised tangent of the clean sample.
 
     ``F`` is the student's velocity in TrigFlow's coordinates and ``g`` proportional to ``df/d theta`` along the flow of
-    the data, or of a teacher with guidance; see :func:`genkit.training.mean_velocity.consistency_tangent`. Student and
-    teacher may be of any prediction type, and on any path: the change of coordinates is exact. The student becomes a
-    consistency model: its clean sample at ``t`` is the end of the flow, and steps in between add fresh noise.
+    the data, or of a teacher with guidance; see :func:`genkit.training.parts.mean_velocity.consistency_tangent`.
+    Student and teacher may be of any prediction type, and on any path: the change of coordinates is exact. The student
+    becomes a consistency model: its clean sample at ``t`` is the end of the flow, and steps in between add fresh noise.
 
     With normalised tangents the loss tells little; logged are the mean squares of the tangent before normalisation.
 

@@ -13,11 +13,11 @@ from genkit.latents import unstandardise
 from genkit.networks.discriminator_head import DiscriminatorHead, looks_generated, looks_real
 from genkit.rng import ItemRNG
 from genkit.schedulers.renoise import RenoiseScheduler
-from genkit.training.annealing import Constant, Schedule
-from genkit.training.fake import FakeModel, FakeSettings, FullFake
-from genkit.training.losses import evaluating, mean_of_squares, wide
 from genkit.training.objectives.base import Batch, DivergedError, Loss, Objective, ObjectiveConfig, Phase, Role
-from genkit.training.score_distillation import (
+from genkit.training.parts.annealing import Constant, Schedule
+from genkit.training.parts.fake import FakeModel, FakeSettings, FullFake
+from genkit.training.parts.losses import evaluating, mean_of_squares, wide
+from genkit.training.parts.score_distillation import (
     NEEDS_FAKE,
     Reduction,
     Weight,
@@ -53,9 +53,9 @@ class ScoreDistillationConfig(ObjectiveConfig):
     """Settings of :class:`ScoreDistillation`.
 
     ``method``, ``weight`` (unset: as published), ``guidance_scale`` (of the teacher; 1 is none): see
-    :mod:`genkit.training.score_distillation`. ``times``: when the teacher is asked. ``clip``: bound on the root mean
-    square of an item's gradient. ``reduction``: over an item's elements. ``form``: ``recon`` regresses on the moving
-    target, in ``space=image`` as pictures that the pipeline's VAE decodes. ``timesteps``: at which the generator
+    :mod:`genkit.training.parts.score_distillation`. ``times``: when the teacher is asked. ``clip``: bound on the root
+    mean square of an item's gradient. ``reduction``: over an item's elements. ``form``: ``recon`` regresses on the
+    moving target, in ``space=image`` as pictures that the pipeline's VAE decodes. ``timesteps``: at which the generator
     jumps, in the network's own timesteps as pipelines take them, decreasing; unset, one jump from pure noise.
     ``fake``: unset means a full copy of the teacher, where the method needs one. ``gan``: a discriminator's term.
     ``regression_weight``: of the squared error on pairs of noise and sample of the teacher (DMD), fields ``eps`` and
@@ -106,9 +106,9 @@ class ScoreDistillation(Objective):
 
     ``x = D_student(z, t_k)`` where ``z`` is noise, or for later ``k`` the generator's own earlier sample with noise put
     back ("backward simulation"); ``k`` is uniform over ``timesteps``. Then ``x_t = alpha x + sigma eps``, and the
-    gradient of :mod:`genkit.training.score_distillation` reaches the generator through ``x``. Before each update of the
-    generator the fake network has ``fake.repeats`` updates by denoising ``x``. With ``gan`` the discriminator reads the
-    fake network's features of noised samples::
+    gradient of :mod:`genkit.training.parts.score_distillation` reaches the generator through ``x``. Before each update
+    of the generator the fake network has ``fake.repeats`` updates by denoising ``x``. With ``gan`` the discriminator
+    reads the fake network's features of noised samples::
 
         generator   + generator_weight softplus(-D(x_t))
         fake, head  + fake_weight [softplus(D(x_t)) + softplus(-D(real_t))]

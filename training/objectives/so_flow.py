@@ -9,11 +9,11 @@ from torch import Tensor
 from genkit.denoisers.base import Denoiser, FlowMap
 from genkit.interpolants import expand
 from genkit.rng import ItemRNG
-from genkit.training.losses import adaptive, evaluating, mean_of_squares
-from genkit.training.mean_velocity import solution_consistency
 from genkit.training.objectives._average_velocity import check_mix, guided
 from genkit.training.objectives.base import Batch, Loss, Objective, ObjectiveConfig, Phase, drop_condition
-from genkit.training.times import LogitNormal, TimeLaw, share
+from genkit.training.parts.losses import adaptive, evaluating, mean_of_squares
+from genkit.training.parts.mean_velocity import solution_consistency
+from genkit.training.parts.times import LogitNormal, TimeLaw, share
 
 GAP = 1e-4  # least distance of two times that must differ
 
@@ -60,8 +60,8 @@ class SoFlow(Objective):
     the mean squares before weighting. No derivative is taken, so any attention kernel and a quantised network will do.
 
     ``v`` is the velocity of the data ``alpha' x0 + sigma' eps``, mixed with the student's own for guidance (see
-    :func:`genkit.training.mean_velocity.guided_target`), or the guided velocity of a teacher. Any path and prediction
-    type.
+    :func:`genkit.training.parts.mean_velocity.guided_target`), or the guided velocity of a teacher. Any path and
+    prediction type.
 
     Raises:
         ValueError: ``guidance_mix`` with a teacher, which is guided itself.

@@ -10,8 +10,8 @@ from genkit.denoisers.base import Condition, Prediction
 from genkit.interpolants import PREDICTION_TYPES, Linear, Trigonometric, VariancePreserving
 from genkit.rng import ItemRNG
 from genkit.testing.oracles import Gaussian, GaussianMixture
-from genkit.training.annealing import Constant, LinearSchedule, SquareRoot, StepSchedule
-from genkit.training.score_distillation import (
+from genkit.training.parts.annealing import Constant, LinearSchedule, SquareRoot, StepSchedule
+from genkit.training.parts.score_distillation import (
     Teacher,
     ask,
     gradient_loss,

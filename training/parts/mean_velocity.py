@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from genkit.denoisers.base import Condition, Denoiser
 from genkit.interpolants import Interpolant, expand
-from genkit.training.forward_mode import Jvp, differentiate
-from genkit.training.losses import wide
-from genkit.training.residuals import AverageVelocity, Velocity, directional_derivative
+from genkit.training.parts.forward_mode import Jvp, differentiate
+from genkit.training.parts.losses import wide
+from genkit.training.parts.residuals import AverageVelocity, Velocity, directional_derivative
 
 
 @torch.no_grad()
@@ -43,7 +43,7 @@ def total_derivative(
 
     Args:
         low: earliest time that may be asked for, ``(B,)`` or a number.
-        jvp, step, network: see :func:`genkit.training.residuals.directional_derivative`.
+        jvp, step, network: see :func:`genkit.training.parts.residuals.directional_derivative`.
     """
     along = (v.to(x.dtype), torch.ones_like(t))
     with torch.autocast(x.device.type, enabled=False):

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from genkit.denoisers.base import Denoiser
 from genkit.training.adapters import adapter_names, adapter_weights, add_adapter, base_network, using, without_adapter
-from genkit.training.apex_targets import next_decay
 from genkit.training.config import Adapter
 from genkit.training.objectives.base import Role
+from genkit.training.parts.apex_targets import next_decay
 
 NAME = "reference"
 
@@ -29,8 +29,8 @@ class Reference(nn.Module):
     ===============  ==============================  ============================================
 
     The average follows by ``a <- kappa a + (1 - kappa) w`` after each update, with ``kappa`` on its way from 0 to
-    ``decay`` (:func:`genkit.training.apex_targets.next_decay`). Of a two-time LoRA only the adapter has a reference:
-    ask it on the diagonal, where the embedder of the gap vanishes.
+    ``decay`` (:func:`genkit.training.parts.apex_targets.next_decay`). Of a two-time LoRA only the adapter has a
+    reference: ask it on the diagonal, where the embedder of the gap vanishes.
     """
 
     kappa: Tensor

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from genkit.denoisers.base import Condition, Denoiser, Prediction
 from genkit.interpolants import Interpolant, expand
-from genkit.training.losses import wide
+from genkit.training.parts.losses import wide
 
 Method = Literal["sds", "sjc", "csd", "nfsd", "vsd", "dmd"]
 Weight = Literal["sigma2", "alpha_sigma2", "one", "dmd"]

@@ -22,7 +22,7 @@ from genkit.denoisers import TwoTime
 from genkit.denoisers.base import Condition, FlowMap
 from genkit.denoisers.network import NetworkDenoiser
 from genkit.training.adapters import base_network
-from genkit.training.losses import mean_of_squares
+from genkit.training.parts.losses import mean_of_squares
 
 logger = logging.getLogger("genkit.training")
 

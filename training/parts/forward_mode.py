@@ -1,8 +1,8 @@
 """Derivatives of a network along a direction: by which means, and what stands in the way of the exact ones.
 
-``dual``: dual numbers (:mod:`genkit.training.dual`), exact. ``func``: ``torch.func.jvp``, exact, for more functions, at
-about twice the cost once it is backpropagated. ``finite_difference``: central differences, any kernel, any network.
-``auto``: the first of these that the network and the machine allow.
+``dual``: dual numbers (:mod:`genkit.training.parts.dual`), exact. ``func``: ``torch.func.jvp``, exact, for more
+functions, at about twice the cost once it is backpropagated. ``finite_difference``: central differences, any kernel,
+any network. ``auto``: the first of these that the network and the machine allow.
 """
 
 import logging
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from genkit.training.dual import NoRule, dual_jvp
+from genkit.training.parts.dual import NoRule, dual_jvp
 
 logger = logging.getLogger("genkit.training")
 

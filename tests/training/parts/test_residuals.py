@@ -5,7 +5,7 @@ import torch
 
 from genkit.rng import ItemRNG
 from genkit.testing.oracles import Gaussian
-from genkit.training.residuals import directional_derivative, eulerian, flow_map, lagrangian, progressive
+from genkit.training.parts.residuals import directional_derivative, eulerian, flow_map, lagrangian, progressive
 
 F64 = torch.float64
 LAW = Gaussian(torch.tensor([1.0, -2.0], dtype=F64), 0.5)

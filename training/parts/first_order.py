@@ -8,7 +8,7 @@ from torch import Tensor
 
 from genkit.interpolants import DiscreteVP, Linear, from_scheduler
 from genkit.schedulers.exact_denoiser import ExactDenoiserScheduler
-from genkit.training.losses import mean_of_squares, pseudo_huber
+from genkit.training.parts.losses import mean_of_squares, pseudo_huber
 
 
 def error(residual: Tensor, huber_c: float | None) -> Tensor:

@@ -12,9 +12,9 @@ from genkit.denoisers import FunctionDenoiser
 from genkit.denoisers.base import Condition
 from genkit.interpolants import Linear, VariancePreserving
 from genkit.rng import ItemRNG
-from genkit.training.losses import adaptive, barron, evaluating, mean_of_squares, pseudo_huber, sum_of_squares
-from genkit.training.targets import guided_velocity
-from genkit.training.times import Beta, Grid, LogitNormal, TimeLaw, Uniform, UShaped, share
+from genkit.training.parts.losses import adaptive, barron, evaluating, mean_of_squares, pseudo_huber, sum_of_squares
+from genkit.training.parts.targets import guided_velocity
+from genkit.training.parts.times import Beta, Grid, LogitNormal, TimeLaw, Uniform, UShaped, share
 
 F64 = torch.float64
 LAWS = {

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from genkit.interpolants import expand
-from genkit.training.forward_mode import Jvp, differentiate
+from genkit.training.parts.forward_mode import Jvp, differentiate
 
 AverageVelocity = Callable[[Tensor, Tensor, Tensor], Tensor]
 Velocity = Callable[[Tensor, Tensor], Tensor]
@@ -40,7 +40,7 @@ def directional_derivative(
     """``(fn(*primals), d/dh fn(*(p + h q)))`` along ``tangents`` ``q``.
 
     Args:
-        how: see :mod:`genkit.training.forward_mode`. By ``"finite_difference"`` the value is the mean of the two
+        how: see :mod:`genkit.training.parts.forward_mode`. By ``"finite_difference"`` the value is the mean of the two
             evaluations, off by ``O(step^2)``.
         step: half the distance of the two evaluations, in units of the tangent.
         network: what ``fn`` calls; ``auto`` decides once for each, and the other ways refuse one that does not allow

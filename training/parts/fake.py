@@ -10,9 +10,9 @@ from torch import Tensor
 
 from genkit.denoisers.base import Condition, Denoiser, Prediction
 from genkit.training.adapters import add_adapter, using
-from genkit.training.losses import evaluating, mean_of_squares, wide
-from genkit.training.score_distillation import ask
-from genkit.training.times import TimeLaw, Uniform
+from genkit.training.parts.losses import evaluating, mean_of_squares, wide
+from genkit.training.parts.score_distillation import ask
+from genkit.training.parts.times import TimeLaw, Uniform
 
 
 class _Fake(BaseModel):

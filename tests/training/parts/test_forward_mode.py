@@ -11,9 +11,9 @@ from torch.nn import functional as F
 from genkit.denoisers import TwoTime, from_pipeline, wrap
 from genkit.interpolants import Linear
 from genkit.networks.dit import DiT
-from genkit.training.dual import Dual, NoRule, dual_jvp
-from genkit.training.forward_mode import exact_jvp, obstacle
-from genkit.training.residuals import directional_derivative, flow_map, lagrangian
+from genkit.training.parts.dual import Dual, NoRule, dual_jvp
+from genkit.training.parts.forward_mode import exact_jvp, obstacle
+from genkit.training.parts.residuals import directional_derivative, flow_map, lagrangian
 
 F64 = torch.float64
 GENERATOR = torch.Generator()

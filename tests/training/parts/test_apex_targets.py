@@ -10,10 +10,10 @@ import torch
 from genkit.denoisers import FunctionFlowMap
 from genkit.denoisers.base import Condition
 from genkit.interpolants import Linear
-from genkit.training import apex_targets
-from genkit.training.losses import barron
 from genkit.training.objectives.apex import Apex, ApexConfig
 from genkit.training.objectives.base import Batch
+from genkit.training.parts import apex_targets
+from genkit.training.parts.losses import barron
 
 STD = 2.0  # of the data
 

@@ -10,7 +10,7 @@ from genkit.denoisers.base import Condition
 from genkit.interpolants import PREDICTION_TYPES, Linear, Trigonometric, VariancePreserving
 from genkit.rng import ItemRNG
 from genkit.testing.oracles import Gaussian
-from genkit.training.mean_velocity import (
+from genkit.training.parts.mean_velocity import (
     Angle,
     consistency_tangent,
     guided_target,
@@ -18,7 +18,7 @@ from genkit.training.mean_velocity import (
     solution_consistency,
     total_derivative,
 )
-from genkit.training.residuals import eulerian
+from genkit.training.parts.residuals import eulerian
 
 F64 = torch.float64
 MEAN = torch.tensor([1.0, -2.0], dtype=F64)
