@@ -33,11 +33,14 @@ $(STAMP): pyproject.toml
 demo: $(STAMP)
 	@$(BIN)/genkit demo
 
+# A process a core; files stay together, since what they set up is theirs.
+PYTEST = $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
+
 test: $(STAMP)
-	@$(BIN)/python -m pytest -q -m "not slow and not gpu"
+	@$(PYTEST) -m "not slow and not gpu"
 
 test-slow: $(STAMP)
-	@$(BIN)/python -m pytest -q -m slow
+	@$(PYTEST) -m slow
 
 # Type checkers cannot follow the mapping of top-level folders, so they get a tree of links in which it has happened.
 lint: $(STAMP)

@@ -38,7 +38,7 @@ def plain():
         dict(annealing=EntropicAnnealing("entropy"), ess_threshold=0.9),
         dict(annealing=EntropicAnnealing("base", ess_threshold=1.0, early_phase=1.0), lookahead_steps=2),
     ],
-    ids=str,
+    ids=lambda s: ",".join(s) or "plain",
 )
 def test_unbiased(settings, plain):
     """``E[Z] = E[exp(lambda r)]`` and ``E[Z sum W x] = E[exp(lambda r) x]`` over groups of 8, within 4 errors."""

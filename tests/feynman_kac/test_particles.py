@@ -111,7 +111,7 @@ def test_equal_weights_are_plain_sampling_bit_for_bit(case, resampler):
 # -- groups -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: ",".join(s) or "plain")
 @pytest.mark.parametrize("name", METHODS)
 def test_a_prompt_does_not_depend_on_the_others(name, settings):
     particles = METHODS[name](4, ess_threshold=0.9, **settings)

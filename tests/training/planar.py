@@ -1,5 +1,6 @@
 """The toy that the specifications' tables are about: 8 Gaussians in the plane, a small network, 2000 steps."""
 
+import sys
 import time
 
 import torch
@@ -129,7 +130,12 @@ def euler(net):
 
 
 def show(capsys, name, values, seconds, **more):
-    """A line on the terminal."""
+    """A line of figures on the terminal."""
     text = " / ".join(f"{v:.3f}" for v in values) + "".join(f", {k} {v:.3f}" for k, v in more.items())
+    say(capsys, f"{name}: {text} in {seconds:.0f} s")
+
+
+def say(capsys, line):
+    """``line`` on the terminal; by the error stream, since tests that run in parallel have no other."""
     with capsys.disabled():
-        print(f"\n{name}: {text} in {seconds:.0f} s")
+        print(f"\n{line}", file=sys.stderr)

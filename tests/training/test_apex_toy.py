@@ -14,6 +14,7 @@ from genkit.interpolants import Linear
 from genkit.rng import ItemRNG, hash_seed
 from genkit.training.objectives.apex import Apex, ApexConfig
 from genkit.training.objectives.base import Batch
+from tests.training.planar import say
 
 MODES = torch.tensor([[2.0, 2], [2, -2], [-2, 2], [-2, -2]])
 FEATURES = torch.randn(8, generator=torch.Generator().manual_seed(7))
@@ -109,9 +110,8 @@ def test_one_step_finds_the_modes(name, capsys):
         student = pretrained(seed)
         trained(student, seed, loss, shift)
         got.append(quality(student))
-    with capsys.disabled():
-        figures = ", ".join(f"{d:.3f} / {f:.2f}" for d, f in got)
-        print(f"\napex, {name}: W1 / share near a mode {figures} in {time.perf_counter() - began:.0f} s")
+    figures = ", ".join(f"{d:.3f} / {f:.2f}" for d, f in got)
+    say(capsys, f"apex, {name}: W1 / share near a mode {figures} in {time.perf_counter() - began:.0f} s")
     assert statistics.median(d for d, _ in got) <= distance
     assert statistics.median(f for _, f in got) >= share
 
@@ -123,10 +123,10 @@ def test_the_literal_objective_makes_no_one_step_generator(fake_grad, capsys):
     (start, none), (many, _) = quality(student), quality(student, 50)
     trained(student, 0, dict(form="literal", fake_grad=fake_grad), dict(a=-1, b=0.5))
     (end, still_none), (worse, _) = quality(student), quality(student, 50)
-    with capsys.disabled():
-        print(
-            f"\napex, literal, fake_grad={fake_grad}: W1 at one step {start:.2f} -> {end:.2f} (near a mode "
-            f"{none:.2f} -> {still_none:.2f}), at 50 {many:.2f} -> {worse:.2f} in {time.perf_counter() - began:.0f} s"
-        )
+    say(
+        capsys,
+        f"apex, literal, fake_grad={fake_grad}: W1 at one step {start:.2f} -> {end:.2f} (near a mode {none:.2f} -> "
+        f"{still_none:.2f}), at 50 {many:.2f} -> {worse:.2f} in {time.perf_counter() - began:.0f} s",
+    )
     assert none < 0.02 > still_none and start > 1.5 < end
     assert worse > many

@@ -10,7 +10,7 @@ from genkit.training.objectives.improved_mean_flow import ImprovedMeanFlow, Impr
 from genkit.training.objectives.mean_flow import MeanFlow, MeanFlowConfig
 from genkit.training.objectives.scm import Scm, ScmConfig
 from genkit.training.objectives.so_flow import SoFlow, SoFlowConfig
-from tests.training.planar import MLP, Exact, distances, jumps, rmse, train
+from tests.training.planar import MLP, Exact, distances, jumps, rmse, show, train
 
 UNIFORM = dict(law="uniform")
 HALF = dict(diagonal_fraction=0.5, weight_power=0.0, time=UNIFORM)
@@ -41,8 +41,7 @@ def test_reaches_the_table(name, tmp_path, capsys):
     with trainer.averaged():
         got, noise = distances(jumps(student))
         error = rmse(jumps(student)(noise, 1), noise)
-    with capsys.disabled():
-        print(f"\n{name}: SW2 {' / '.join(f'{v:.3f}' for v in got)} RMSE {error:.3f} in {seconds:.0f} s")
+    show(capsys, f"{name}, SW2", got, seconds, RMSE=error)
     for value, bound in zip(got, published, strict=True):
         assert value <= 1.5 * bound
     assert error <= 1.5 * endpoint
@@ -60,6 +59,5 @@ def test_scm_in_one_step(source, tmp_path, capsys):
         draw = jumps(student, RenoiseScheduler)
         got, noise = distances(draw)
         error = rmse(draw(noise, 1), noise)
-    with capsys.disabled():
-        print(f"\nscm from {source}: SW2 {' / '.join(f'{v:.3f}' for v in got)} RMSE {error:.3f} in {seconds:.0f} s")
+    show(capsys, f"scm from {source}, SW2", got, seconds, RMSE=error)
     assert got[0] < 1.5 * SCM[source]
