@@ -176,15 +176,17 @@ def trajectory(
 def set_timesteps(scheduler, num_inference_steps: int, device: torch.device | str | None = None) -> None:
     """``scheduler.set_timesteps``, on the linear path at times ``1 - k/N`` that the scheduler then shifts.
 
-    Flow-matching schedulers left alone spend their last step on the stretch from ``t = 0.001`` to 0.
+    Flow-matching schedulers left alone spend their last step on the stretch from ``t = 0.001`` to 0. A student's own
+    times (``trained_times`` of the scheduler) are kept.
 
     Raises:
-        ValueError: fewer steps than one.
+        ValueError: fewer steps than one, or more than the student knows.
     """
     if num_inference_steps < 1:
         raise ValueError(f"num_inference_steps={num_inference_steps}: must be at least 1")
     takes_sigmas = "sigmas" in inspect.signature(scheduler.set_timesteps).parameters
-    if takes_sigmas and isinstance(from_scheduler(scheduler), Linear):
+    own = scheduler.config.get("trained_times")
+    if takes_sigmas and not own and isinstance(from_scheduler(scheduler), Linear):
         sigmas = [1 - k / num_inference_steps for k in range(num_inference_steps)]
         scheduler.set_timesteps(sigmas=sigmas, device=device)
     else:

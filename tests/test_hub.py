@@ -399,6 +399,8 @@ def test_a_class_that_cannot_be_shipped(tmp_path, tiny_pipeline):
 
 # What constructors cannot do without.
 SETTINGS = {
+    "DiscriminatorHead": {"at": ["sample"], "channels": [4], "hidden_size": 8, "norm_num_groups": 2},
+    "FixedCondition": {"shapes": {"class_labels": [1]}},
     "ReadoutHead": {"at": ["sample"], "channels": [1], "projection_dim": 24, "norm_num_groups": 1},
 }
 

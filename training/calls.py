@@ -36,7 +36,8 @@ def counting(objective: Objective) -> Iterator[Mapping[str, int]]:
 
 def _counter(counts: dict[str, int], name: str):
     def count(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        inputs = [v for v in (*args, *kwargs.values()) if isinstance(v, (Tensor, Dual)) and v.ndim]
+        flat = [one for v in (*args, *kwargs.values()) for one in (v if isinstance(v, (list, tuple)) else [v])]
+        inputs = [v for v in flat if isinstance(v, (Tensor, Dual)) and v.ndim]
         differentiated = torch._C._functorch.maybe_current_level() is not None or any(
             isinstance(v, Dual) for v in inputs
         )

@@ -162,13 +162,19 @@ def distill(
         config.model_dump(mode="json", exclude_unset=True),
         metrics,
         code,
-        title=f"{Path(teacher).name} in few steps",
+        title=f"{_named(teacher)} in few steps",
         description=f"Distilled from `{teacher}` by {method}, in {config.max_train_steps} training steps.",
         base_model=teacher if not Path(teacher).exists() else None,
     )
     (pipeline / "README.md").write_text(str(card), encoding="utf-8")
     _report(console, metrics, rows, code)
     return pipeline
+
+
+def _named(teacher: str) -> str:
+    """What a teacher is called: the last of its path that says more than ``pipeline``."""
+    path = Path(teacher)
+    return path.parent.name if path.name == "pipeline" and path.parent.name else path.name
 
 
 def _pipeline_class(teacher: str) -> str:

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from genkit.autoregressive import Autoregressive
+from genkit.denoisers.base import Denoiser
 from genkit.eval.inputs import to_uint8
 from genkit.eval.run import evaluate
 from genkit.pipelines.classic import classic_pipeline, set_schedule
@@ -45,12 +46,19 @@ def draw(run: Run, read: dict[str, Any], rng: ItemRNG, num_inference_steps: int,
 
 
 def check_steps(run: Run, settings: Sampling | Rounds, section: str) -> None:
-    """Refuse a number of steps for a student that takes as many as there are tokens."""
+    """Refuse a number of steps that the student cannot take."""
     if isinstance(run.student, Autoregressive) and "num_inference_steps" in settings.model_fields_set:
         raise ValueError(
             f"{section}.num_inference_steps={settings.num_inference_steps}: an autoregressive model takes one a token; "
             "leave it out"
         )
+    if isinstance(run.student, Denoiser):
+        known = run.objective.scheduler(run.pipe.scheduler).config.get("trained_times")
+        if known and settings.num_inference_steps > len(known):
+            raise ValueError(
+                f"{section}.num_inference_steps={settings.num_inference_steps}: the student knows {len(known)} times; "
+                f"accepted are 1 to {len(known)}"
+            )
 
 
 class Sampler:

@@ -49,6 +49,15 @@ class RenoiseScheduler(PathScheduler):
             raise ValueError(f"eta={eta}: must lie in [0, 1]")
         super().__init__()
 
+    def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, timesteps=None, mu=None):
+        """As the base class; of ``sigmas`` beside ``trained_times`` only the number counts.
+
+        Flux's pipelines give some whether or not they were asked for.
+        """
+        if self.config.trained_times is not None and sigmas is not None:
+            num_inference_steps, sigmas = len(sigmas), None
+        super().set_timesteps(num_inference_steps, device, sigmas, timesteps, mu)
+
     def _spaced(self, n):
         times = self.config.trained_times
         if times is None:

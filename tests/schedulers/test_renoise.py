@@ -7,7 +7,7 @@ import torch
 from genkit.denoisers import FunctionDenoiser
 from genkit.interpolants import Linear
 from genkit.rng import ItemRNG
-from genkit.sampling import sample
+from genkit.sampling import sample, set_timesteps
 from genkit.schedulers import RenoiseScheduler
 from genkit.testing.oracles import Gaussian
 
@@ -77,6 +77,20 @@ def test_trained_times():
 def test_eta_has_a_range(eta):
     with pytest.raises(ValueError, match=rf"eta={eta}: must lie in \[0, 1\]"):
         RenoiseScheduler(eta=eta)
+
+
+def test_trained_times_in_the_loop_and_in_pipelines():
+    scheduler = RenoiseScheduler(trained_times=[1.0, 0.25])
+    set_timesteps(scheduler, 2)
+    assert scheduler.times.tolist() == [1, 0.25, 0]
+    with pytest.raises(ValueError, match="num_inference_steps=4: the student knows 2 times"):
+        set_timesteps(scheduler, 4)
+
+
+def test_sigmas_stand_for_their_number_beside_trained_times():
+    scheduler = RenoiseScheduler(trained_times=[1.0, 0.25])
+    scheduler.set_timesteps(sigmas=[1.0, 0.5])
+    assert scheduler.times.tolist() == [1, 0.25, 0]
 
 
 def test_trained_times_on_a_path_of_a_model():

@@ -93,7 +93,7 @@ READY: dict[str, list[Case]] = {
     "flow_map": [
         Case(dict(loss="lsd", diagonal_fraction=0.5), falls=("loss", 0.9), learns=ANEW),
         Case(dict(loss="psd_u"), falls=("loss", 0.9), learns=ANEW, run=dict(gradient_accumulation_steps=2)),
-        Case(dict(loss="esd", guidance_scale=2.0, jvp="finite_difference"), falls=("off_diagonal", 0.9), teacher=True),
+        Case(dict(loss="esd", guidance_scale=2.0, jvp="func"), falls=("off_diagonal", 0.9), teacher=True),
         Case(dict(loss="psd_m", diagonal_fraction=0.25), falls=("off_diagonal", 0.7), teacher=True),
     ],
     "readout": [
@@ -109,7 +109,7 @@ READY: dict[str, list[Case]] = {
             falls=("loss", 0.9),
             learns=ANEW | dict(max_train_steps=90),
         ),
-        Case(dict(jvp="finite_difference", weight_power=0.0), falls=("loss", 0.9), teacher=True, learns=ANEW),
+        Case(dict(jvp="func", weight_power=0.0), falls=("loss", 0.9), teacher=True, learns=ANEW),
     ],
     "marginal_transport": [
         Case(dict(vm_guidance_scale=[1.0, 2.0]), falls=("loss", 0.8), teacher=True, learns=ANEW),
@@ -118,9 +118,7 @@ READY: dict[str, list[Case]] = {
     ],
     "mean_flow": [
         Case(dict(weight_power=0.0, guidance_scale=2.0, guidance_mix=0.5), falls=("loss", 0.9), learns=ANEW),
-        Case(
-            dict(jvp="finite_difference", order="v1", weight_power=0.0), falls=("loss", 0.9), teacher=True, learns=ANEW
-        ),
+        Case(dict(jvp="dual", order="v1", weight_power=0.0), falls=("loss", 0.9), teacher=True, learns=ANEW),
     ],
     "rectified_diffusion": [
         Case(falls=("loss", 0.9), learns=ANEW, run=COUPLED),

@@ -21,6 +21,13 @@ from genkit.training.memory import footprints, optimizer_states
 
 SMALL = ["global_batch_size=2", "gradient_accumulation_steps=1", "checkpointing_steps=2", "ema.decays=[0.5]"]
 RANK = ["adapter.rank=2", "adapter.alpha=2"]
+GAN = ["objective.gan.hidden_size=8", "objective.gan.norm_num_groups=2", "objective.gan.num_layers=1"]
+DMD2 = {
+    "sd15": ("StableDiffusionPipeline", "RenoiseScheduler", (1,)),
+    "sdxl": ("StableDiffusionXLPipeline", "RenoiseScheduler", (1, 2, 4)),
+}
+ROUNDS = ["rounds.count=1", "rounds.grid.beta=[0.05]", "rounds.num_fakes=4", "rounds.num_samples=2"]
+ROUNDS += ["rounds.num_inference_steps=1", "rounds.batch_size=2", "rounds.evaluate_every=2"]
 
 # teacher, method, adapter, data, further settings, class that is saved, scheduler, numbers of steps it takes
 RUNS = {
@@ -40,6 +47,24 @@ RUNS = {
     "sd15-mdt": ("sd15", "mdt", "full", "synthetic", [], "StableDiffusionPipeline", "RenoiseScheduler", STEPS),
     "sd3-mdt": ("sd3", "mdt", None, "synthetic", RANK, "StableDiffusion3Pipeline", "RenoiseScheduler", STEPS),
     "sd3-dmd": ("sd3", "dmd", None, "prompts", RANK, "StableDiffusion3Pipeline", "RenoiseScheduler", (1,)),
+    "flux-lsd": ("flux", "lsd", "lora", "synthetic", RANK, "FewStepPipeline", "FlowMapScheduler", STEPS),
+    "sdxl-meanflow": ("sdxl", "meanflow", "lora", "synthetic", RANK, "FewStepPipeline", "FlowMapScheduler", STEPS),
+    "dit-meanflow": ("dit", "meanflow", "full", "synthetic", [], "FewStepPipeline", "FlowMapScheduler", STEPS),
+    "sd3-apex": ("sd3", "apex", "lora", "synthetic", RANK, "FewStepPipeline", "FlowMapScheduler", STEPS),
+    "flux-apex": ("flux", "apex", "lora", "synthetic", RANK, "FewStepPipeline", "FlowMapScheduler", STEPS),
+    "sd15-dmd2": ("sd15", "dmd2", "lora", "synthetic", [*RANK, *GAN], *DMD2["sd15"]),
+    "sdxl-dmd2": ("sdxl", "dmd2", "lora", "synthetic", [*RANK, *GAN, "objective.gan.stride=1"], *DMD2["sdxl"]),
+    "sdxl-ddo": ("sdxl", "ddo", "lora", "synthetic", [*RANK, *ROUNDS], "StableDiffusionXLPipeline", None, STEPS),
+    "dit-ddo": (
+        "dit",
+        "ddo",
+        "full",
+        "synthetic",
+        [*ROUNDS, "rounds.grid.alpha=[1.0]", "data.num_classes=2"],
+        "DiTPipeline",
+        None,
+        STEPS,
+    ),
 }
 
 
@@ -47,7 +72,7 @@ RUNS = {
 def teachers(toys, tmp_path_factory):
     folder = tmp_path_factory.mktemp("teachers")
     found = {}
-    for name in ("sd15", "sd3", "dit"):
+    for name in ("sd15", "sdxl", "sd3", "flux", "dit"):
         found[name] = folder / name
         tiny.pipeline(name).save_pretrained(found[name])
     trainer = toys.digits(folder / "digits", max_train_steps=2, checkpointing_steps=2)
