@@ -1,5 +1,6 @@
 """What objectives of average velocities have in common: pairs of times, two kinds of items, targets, the weight."""
 
+from abc import abstractmethod
 from collections.abc import Iterator
 from typing import Literal
 
@@ -97,11 +98,11 @@ class AverageVelocity(Objective):
         t = torch.maximum(a, b)
         return t, torch.minimum(a, b).where(~on, t)
 
+    @abstractmethod
     def _target(
         self, batch: Batch, rng: ItemRNG, x: Tensor, t: Tensor, s: Tensor, v: Tensor
     ) -> tuple[Condition, Tensor]:
         """The condition that the student sees, and the velocity that it regresses to."""
-        raise NotImplementedError
 
     def _tangent(self, x: Tensor, t: Tensor, condition: Condition, target: Tensor) -> Tensor:
         """The direction in which ``du/dt`` is taken."""

@@ -1,6 +1,7 @@
 """Laws of the times that are trained on, and which items of a batch get which part of a method."""
 
 import math
+from abc import ABC, abstractmethod
 from typing import Annotated, Literal, TypeAlias
 
 import torch
@@ -10,12 +11,12 @@ from torch import Tensor
 from genkit.rng import ItemRNG
 
 
-class _Law(BaseModel):
+class _Law(BaseModel, ABC):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    @abstractmethod
     def draw(self, rng: ItemRNG) -> Tensor:
         """A time an item, ``(B,)``, float32."""
-        raise NotImplementedError
 
 
 class _Ranged(_Law):
@@ -33,9 +34,9 @@ class _Ranged(_Law):
     def draw(self, rng: ItemRNG) -> Tensor:
         return self.low + (self.high - self.low) * self.unit(rng)
 
+    @abstractmethod
     def unit(self, rng: ItemRNG) -> Tensor:
         """Draws of the law on [0, 1], ``(B,)``."""
-        raise NotImplementedError
 
 
 class Uniform(_Ranged):
