@@ -49,10 +49,11 @@ def measure_few_steps(
     n = min(len(source), 2000 if known else 16)
     read = source.__getitems__(range(n))
     real = inputs.pixels(read["x0"].to(pipe.device)).cpu() if "x0" in read else None
+    size = _size(pipe, inputs, read)
     rows: list[dict[str, Any]] = []
     for steps in STEPS:
         try:
-            pixels, calls = _draw(pipe, read, steps, n, hash_seed(config.seed, *b"few steps"), batch_size, quiet)
+            pixels, calls = _draw(pipe, size, read, steps, n, hash_seed(config.seed, *b"few steps"), batch_size, quiet)
         except ValueError as error:
             if not rows:
                 raise
@@ -75,11 +76,27 @@ def measure_few_steps(
     return rows
 
 
+def _size(pipe: DenoiserPipeline, inputs: Inputs, read: dict[str, Any]) -> dict[str, int]:
+    """The pictures' size in training, where the pipeline has others; empty where nothing tells."""
+    if pipe.classic is None or "x0" not in read:
+        return {}
+    factor = 1 if inputs.vae is not None else pipe.classic.vae_scale_factor
+    height, width = (factor * n for n in read["x0"].shape[-2:])
+    return {"height": height, "width": width}
+
+
 def _draw(
-    pipe: DenoiserPipeline, read: dict[str, Any], steps: int, n: int, seed: int, batch_size: int, quiet: bool
+    pipe: DenoiserPipeline,
+    size: dict[str, int],
+    read: dict[str, Any],
+    steps: int,
+    n: int,
+    seed: int,
+    batch_size: int,
+    quiet: bool,
 ) -> tuple[Tensor, int]:
     """Pictures ``(n, C, H, W)`` in [-1, 1], on the CPU, and the network calls that each took."""
-    shape, pictures, calls = pipe.sample_shape(), [], 0
+    shape, pictures, calls = pipe.sample_shape(**size), [], 0
     with tqdm(total=n, desc=f"{steps} steps", unit="image", delay=2, leave=False, disable=quiet or None) as bar:
         for items in torch.arange(n).split(batch_size):
             rng = ItemRNG(seed, items)
@@ -94,6 +111,7 @@ def _draw(
                 latents=rng.normal(shape),
                 generator=rng.generators(),
                 output_type="pt",
+                **size,
                 **what,
             )
             pictures.append(2 * out.images.float().cpu() - 1)

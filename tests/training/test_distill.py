@@ -47,6 +47,8 @@ RUNS = {
     "sd15-mdt": ("sd15", "mdt", "full", "synthetic", [], "StableDiffusionPipeline", "RenoiseScheduler", STEPS),
     "sd3-mdt": ("sd3", "mdt", None, "synthetic", RANK, "StableDiffusion3Pipeline", "RenoiseScheduler", STEPS),
     "sd3-dmd": ("sd3", "dmd", None, "prompts", RANK, "StableDiffusion3Pipeline", "RenoiseScheduler", (1,)),
+    "flux-lsd": ("flux", "lsd", "lora", "synthetic", RANK, "FewStepPipeline", "FlowMapScheduler", STEPS),
+    "flux-apex": ("flux", "apex", "lora", "synthetic", RANK, "FewStepPipeline", "FlowMapScheduler", STEPS),
     "sdxl-meanflow": ("sdxl", "meanflow", "lora", "synthetic", RANK, "FewStepPipeline", "FlowMapScheduler", STEPS),
     "dit-meanflow": ("dit", "meanflow", "full", "synthetic", [], "FewStepPipeline", "FlowMapScheduler", STEPS),
     "sd3-apex": ("sd3", "apex", "lora", "synthetic", RANK, "FewStepPipeline", "FlowMapScheduler", STEPS),
@@ -79,7 +81,7 @@ RUNS = {
 def teachers(toys, tmp_path_factory):
     folder = tmp_path_factory.mktemp("teachers")
     found = {}
-    for name in ("sd15", "sdxl", "sd3", "dit"):
+    for name in ("sd15", "sdxl", "sd3", "flux", "dit"):
         found[name] = folder / name
         tiny.pipeline(name).save_pretrained(found[name])
     trainer = toys.digits(folder / "digits", max_train_steps=2, checkpointing_steps=2)
