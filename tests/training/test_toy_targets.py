@@ -28,7 +28,8 @@ def test_reaches_the_table(name, jvp, tmp_path, capsys):
     torch.manual_seed(0)
     student = FunctionFlowMap(MLP(), Linear())
     teacher = FunctionDenoiser(Exact(), Linear(), "flow_prediction") if name == "lmd" else None
-    config = FlowMapConfig(loss="lsd" if name == "lmd" else name, diagonal_fraction=0.5, jvp=jvp)
+    derivative = {} if name.startswith("psd") else {"jvp": jvp}
+    config = FlowMapConfig(loss="lsd" if name == "lmd" else name, diagonal_fraction=0.5, **derivative)
     trainer, seconds = train(tmp_path, FlowMapObjective(config, student, teacher))
     with trainer.averaged():
         got, noise = distances(jumps(student))
