@@ -15,6 +15,7 @@ import yaml
 from safetensors.torch import load_file
 
 from genkit.training import checkpoint, logs
+from genkit.training.compare import first_difference
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -71,9 +72,14 @@ def test_two_processes_equal_one(toys, tmp_path):
     report = json.loads((tmp_path / "two/report.json").read_text())
     assert report["processes"] == 2 and set(report["spread"].values()) == {0.0}
     toys.parallel(tmp_path / "one", teacher)
-    for name in (*toys.PARALLEL, "adversarial"):
+    for name in (*toys.STRICT, "adversarial"):
         one, two = (logs.read(tmp_path / run / name / logs.FILE) for run in ("one", "two"))
-        assert len(one) == (6 if name == "adversarial" else 4)
+        assert len(one) == 6 and first_difference(one, two, 1e-5) is None, (name, first_difference(one, two, 1e-5))
+        norms = [[v for line in run for k, v in line.items() if k.startswith("grad_norm")] for run in (one, two)]
+        assert norms[0] == pytest.approx(norms[1], rel=1e-4), name
+    for name in toys.PARALLEL:
+        one, two = (logs.read(tmp_path / run / name / logs.FILE) for run in ("one", "two"))
+        assert len(one) == len(two) == 4
         for a, b in zip(one, two, strict=True):
             for key in (k for k in a if k.startswith("loss")):
                 assert abs(a[key] - b[key]) <= 1e-5 * max(1, abs(a[key])), (name, a["step"], key, a[key], b[key])

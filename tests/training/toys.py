@@ -152,6 +152,14 @@ def case_settings(folder, name: str, case: Case, teacher: Path, **changes) -> di
 PARALLEL = {f"{name}-{i}": (name, case) for name, cases in READY.items() for i, case in enumerate(cases)}
 
 
+# Runs anew, at a rate as in use: what leaves no residual too small to be held to relative errors.
+STRICT = {
+    "flow_matching": dict(objective=dict(name="flow_matching")),
+    "lsd": dict(objective=dict(name="flow_map", loss="lsd", diagonal_fraction=0.5)),
+    "psd_u": dict(objective=dict(name="flow_map", loss="psd_u"), gradient_accumulation_steps=2),
+}
+
+
 def parallel(folder: Path, pipeline: Path) -> None:
     """Under ``accelerate launch``: the same runs as on one process, and whether ranks agree on weights."""
     torch.set_num_threads(1)
@@ -165,6 +173,8 @@ def parallel(folder: Path, pipeline: Path) -> None:
         everyone = trainer.accelerator.gather(own[None].contiguous())
         report[key] = (everyone - everyone[:1]).abs().max().item()
         processes, main = trainer.accelerator.num_processes, trainer.accelerator.is_main_process
+    for key, changes in STRICT.items():
+        run(digits(folder / key, max_train_steps=6, checkpointing_steps=6, **changes))
     trainer = adversarial(folder / "adversarial", max_train_steps=6, checkpointing_steps=6)
     for module in trainer.objective.modules():  # statistics of a batch, and dropout, are not the items' own
         if isinstance(module, (nn.Dropout, nn.BatchNorm1d)):
