@@ -23,6 +23,14 @@ def unstandardise(vae: Any, latents: Tensor) -> Tensor:
     return latents * spread / scale + shift
 
 
+def decoded(vae: Any, latents: Tensor) -> Tensor:
+    """Pictures, nominally in [-1, 1] and in float32 at least, with a gradient; ``latents`` itself without ``vae``."""
+    if vae is None:
+        return latents
+    pictures = vae.decode(unstandardise(vae, latents).to(vae.dtype), return_dict=False)[0]
+    return pictures.to(torch.promote_types(pictures.dtype, torch.float32))
+
+
 def _standard(vae: Any, like: Tensor) -> tuple[float, Any, Any]:
     config = vae.config
     scale, mean, std = (config.get(k) for k in ("scaling_factor", "latents_mean", "latents_std"))

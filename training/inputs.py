@@ -10,6 +10,7 @@ from genkit.data.base import Source
 from genkit.denoisers import TwoTime
 from genkit.denoisers.base import Condition, Denoiser
 from genkit.denoisers.flux import Flux
+from genkit.rewards.base import Prompts
 from genkit.rng import ItemRNG, hash_seed
 from genkit.training.adapters import base_network
 from genkit.training.objectives.base import Batch
@@ -61,7 +62,13 @@ class Inputs:
         x0 = fields["x0"] if "x0" in fields else torch.zeros((len(index), *(self.shape or ())), device=device)
         if self.vae is not None:
             x0 = self._encode(x0, index)
-        return Batch(x0, self.condition(read, device), index, fields)
+        asked = self.asked(read)
+        asked = asked.to(device) if isinstance(asked, Tensor) else asked
+        return Batch(x0, self.condition(read, device), index, fields, asked)
+
+    def asked(self, read: dict[str, Any]) -> Prompts | None:
+        """The texts or labels of ``read``, whether or not the network is conditioned on them."""
+        return read.get("prompts", read.get("class_labels"))
 
     @torch.no_grad()
     def condition(self, read: dict[str, Any], device: torch.device) -> Condition:

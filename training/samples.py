@@ -15,16 +15,15 @@ from genkit.autoregressive import Autoregressive
 from genkit.denoisers.base import Denoiser
 from genkit.eval.inputs import to_uint8
 from genkit.eval.run import evaluate
-from genkit.pipelines.classic import classic_pipeline, set_schedule
 from genkit.rng import ItemRNG, hash_seed
-from genkit.sampling import sample, set_timesteps
-from genkit.training.adapters import base_network
+from genkit.sampling import sample
 from genkit.training.build import Run
 from genkit.training.config import Rounds, Sampling
+from genkit.training.parts.rollout import schedule
 
 
 def draw(run: Run, read: dict[str, Any], rng: ItemRNG, num_inference_steps: int, shape: tuple[int, ...]) -> Tensor:
-    """Clean samples ``(B, *shape)`` of the student without guidance, float32, in its space.
+    """Clean samples ``(B, *shape)`` of the student, float32, in its space, under the guidance that its method names.
 
     Args:
         read: a batch of a source; its labels or prompts are what samples are drawn under.
@@ -36,13 +35,10 @@ def draw(run: Run, read: dict[str, Any], rng: ItemRNG, num_inference_steps: int,
         uniform = rng.uniform((math.prod(shape),), dtype=torch.float64)
         return run.student.pictures(run.student.sample(uniform, condition))
     scheduler = run.objective.scheduler(run.pipe.scheduler)
-    if getattr(scheduler.config, "use_dynamic_shifting", False):  # by the size of the picture
-        classic = classic_pipeline(base_network(run.student), {**run.pipe.components, "scheduler": scheduler})
-        set_schedule(classic, shape, num_inference_steps, device)
-    else:
-        set_timesteps(scheduler, num_inference_steps, device)
+    schedule(run.student, run.pipe, scheduler, num_inference_steps, shape, device)
     x = rng.normal(shape) * getattr(scheduler, "init_noise_sigma", 1.0)
-    return sample(run.student, scheduler, x, condition, generators=rng.generators()).float()
+    guider = run.objective.guider()
+    return sample(run.student, scheduler, x, condition, guider=guider, generators=rng.generators()).float()
 
 
 def check_steps(run: Run, settings: Sampling | Rounds, section: str) -> None:
@@ -92,6 +88,8 @@ class Sampler:
         """A picture in ``samples/``, a line in ``samples/metrics.jsonl`` with ``measures`` and the evaluation's."""
         self.folder.mkdir(parents=True, exist_ok=True)
         pixels = self.run.inputs.decode(samples)
+        asked = self.run.inputs.asked(self.read)
+        measures = measures | {f"samples/{k}": v for k, v in self.run.objective.measures(pixels, asked).items()}
         if self.settings.evaluate is not None:
             real = self.run.inputs.pixels(self.run.source.__getitems__(range(len(pixels)))["x0"])
             labels = self.read["class_labels"] if "class_labels" in self.read else None

@@ -135,12 +135,15 @@ class Trainer:
         )
         saved = self.step
         try:
-            while self.step < config.max_train_steps:
+            while self.step < config.max_train_steps and self.objective.done is None:
                 values = self._train_step(stream)
                 self.step += 1
                 self.metrics.add(self.step, values)
                 self._periodic()
-                last = self.step == config.max_train_steps
+                done = self.objective.done
+                if done is not None and self.accelerator.is_main_process:
+                    logger.info("step %d: training ends: %s", self.step, done)
+                last = self.step == config.max_train_steps or done is not None
                 if self._stop or last or self.step % config.checkpointing_steps == 0:
                     self.save()
                     saved = self.step

@@ -11,6 +11,8 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from genkit.denoisers.base import Condition, Denoiser
+from genkit.guidance.base import Guider
+from genkit.rewards.base import Prompts
 from genkit.rng import ItemRNG
 from genkit.schedulers.flow_map import FlowMapScheduler
 
@@ -67,13 +69,15 @@ class Batch:
     """One micro-batch: clean samples ``(B, ...)``, what they are conditioned on, and their positions in the run.
 
     ``fields`` are the tensors of the source by its names for them, ``x0`` among them as it was before any encoding.
-    ``step`` of ``total_steps`` is under way. A source without samples gives zeros as ``x0``.
+    ``prompts`` are the texts, or the class labels, that the condition was made of. ``step`` of ``total_steps`` is under
+    way. A source without samples gives zeros as ``x0``.
     """
 
     x0: Tensor
     condition: Condition
     index: Tensor
     fields: Mapping[str, Tensor] = field(default_factory=dict)
+    prompts: Prompts | None = None
     step: int = 0
     total_steps: int = 1
 
@@ -133,6 +137,19 @@ class Objective(nn.Module, ABC):
         Jumps on its path where the student learns to jump, else the same.
         """
         return FlowMapScheduler.from_scheduler(scheduler) if self.needs_flow_map else copy.deepcopy(scheduler)
+
+    def guider(self) -> Guider | None:
+        """What samples in the course of training are guided by; nothing by default."""
+        return None
+
+    def measures(self, pixels: Tensor, prompts: Prompts | None) -> dict[str, float]:
+        """What to record of samples in the course of training, ``(B, C, H, W)`` in about [-1, 1]."""
+        return {}
+
+    @property
+    def done(self) -> str | None:
+        """Why training may end before its last step; the same on every process. Asked after every step."""
+        return None
 
     def restored(self, fields: Mapping[str, Tensor]) -> Tensor | None:
         """What the student makes of the data's ``fields``, in its space; ``None`` where it draws samples from noise."""
