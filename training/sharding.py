@@ -108,8 +108,13 @@ def check(objective: Objective, sampling_every: int | None) -> None:
     """Refuse, with the remedy, what needs whole weights.
 
     Raises:
-        ValueError: forward-mode derivatives; samples in the course of training.
+        ValueError: forward-mode derivatives; samples in the course of training; a method that says so.
     """
+    if not objective.shards:
+        raise ValueError(
+            f"FSDP: objective={type(objective).__name__} calls its networks in ways that shards do not allow; train it "
+            "with DDP (`accelerate launch --multi_gpu`), as a LoRA where memory is short"
+        )
     if objective.uses_forward_mode:
         raise ValueError(
             f"FSDP: objective={type(objective).__name__} differentiates by torch.func, which cannot look into sharded "

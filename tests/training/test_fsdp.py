@@ -130,8 +130,8 @@ def test_fsdp_that_would_be_ddp_is_refused(toys, tmp_path):
 
 
 class _Method:
-    def __init__(self, forward_mode=False):
-        self.uses_forward_mode = forward_mode
+    def __init__(self, forward_mode=False, shards=True):
+        self.uses_forward_mode, self.shards = forward_mode, shards
 
 
 @pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED])
@@ -157,6 +157,7 @@ def test_methods_that_move_weights_themselves_are_refused(kind):
     [
         (_Method(True), None, "objective.jvp=finite_difference"),
         (_Method(), 5, "sampling.every=5: not with FSDP"),
+        (_Method(shards=False), None, "FSDP: objective=_Method calls its networks in ways that shards do not allow"),
     ],
 )
 def test_what_needs_whole_weights_is_refused(method, every, message):

@@ -89,6 +89,7 @@ class RewardObjective(Objective):
 
     Config: ClassVar[type[RewardObjectiveConfig]] = RewardObjectiveConfig
     needs_samples = False
+    shards = False  # calls with and without gradient alternate, and rewards would be cut, too
     recomputes: bool = True  # by default, the calls of the network that gradients pass
 
     def __init__(self, config: Any, student: Denoiser, teacher: Denoiser | None = None, *, pipe: Any):
