@@ -38,6 +38,9 @@ COUPLED = dict(data=dict(name="transfer", x0=dict(name="digits"), eps=dict(name=
 # Noise cut to [-1, 1]; whole noise, or two grey levels, as fakes.
 FAKES = dict(data=dict(name="synthetic", shape=(1, 8, 8), num_classes=10, fields={"fake": dict(shape=(1, 8, 8))}))
 GREYS = dict(data=FAKES["data"] | dict(fields={"fake": dict(shape=(1, 8, 8), high=2)}))
+# Noise cut to [-1, 1] is preferred to whole noise; verdicts by the toss of a coin.
+CHOICES = dict(data=FAKES["data"] | dict(fields={"lose": dict(shape=(1, 8, 8))}))
+VERDICTS = dict(data=FAKES["data"] | dict(fields={"score": dict(high=2)}))
 TOKENS = dict(network="gpt", hidden_size=16, num_layers=1, num_heads=2, dropout=0.0)
 
 # A generator that hardly moves, so that what follows it can be seen to.
@@ -71,6 +74,39 @@ READY: dict[str, list[Case]] = {
     "ddo_autoregressive": [
         Case(dict(alpha=1.0), falls=("loss", 0.97), run=dict(model=TOKENS)),
         Case(dict(fakes="stored", alpha=1.0), falls=("loss", 0.97), run=GREYS | dict(model=TOKENS)),
+    ],
+    "diffusion_dpo": [
+        Case(dict(beta=20.0, max_rise=None), falls=("loss", 0.9), run=CHOICES),
+        Case(
+            dict(error="flow_prediction", same_noise=False, beta=20.0, max_rise=None),
+            falls=("loss", 0.95),
+            run=CHOICES | dict(gradient_accumulation_steps=2),
+            teacher=True,
+        ),
+    ],
+    "dro": [
+        Case(
+            dict(feedback=dict(kind="scores", max_weight=1), form=dict(kind="clip", negative_weight=0.5)),
+            falls=("err_w", 0.9),
+            run=VERDICTS,
+            learns=ANEW,
+        ),
+        Case(dict(feedback=dict(kind="scores", max_weight=1), form=dict(kind="sft")), ("loss", 0.9), run=VERDICTS),
+        Case(
+            dict(
+                feedback=dict(kind="pairs"),
+                form=dict(kind="softplus", beta=20.0, max_rise=None),
+                error="flow_prediction",
+            ),
+            falls=("loss", 0.9),
+            run=CHOICES,
+            teacher=True,
+        ),
+        Case(
+            dict(feedback=dict(kind="pairs"), form=dict(kind="plain", negative_weight=0.3, max_rise=None)),
+            falls=("err_w", 0.95),
+            run=CHOICES,
+        ),
     ],
     "apex": [
         Case(

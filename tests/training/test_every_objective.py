@@ -116,7 +116,7 @@ def values(name, case: Case, path, prediction_type) -> Iterator[float]:
     condition = Condition({"prompt_embeds": embeds}, {"prompt_embeds": torch.zeros_like(embeds)})
     x0 = law.sample(16, generator=torch.Generator().manual_seed(3)).double()
     for phase in objective.phases(0):
-        batch = Batch(x0, condition, items, {"x0": x0, "fake": x0.flip(0) / 2}, 3, 10)
+        batch = Batch(x0, condition, items, {"x0": x0, "fake": x0.flip(0) / 2, "lose": x0.flip(0) / 2}, 3, 10)
         for loss in objective.losses(phase, batch, ItemRNG(7, items)):
             yield loss.value.item()
 
