@@ -50,6 +50,10 @@ class Reward(nn.Module, ABC):
         """Told of the images' shape ``(C, H, W)`` before any work; raises if it cannot take them."""
         return
 
+    def train(self, mode: bool = True) -> "Reward":
+        """Stays in eval mode: training and evaluation see one reward, without dropout."""
+        return super().train(False)
+
     def forward(self, images: Tensor, prompts: Prompts | None = None) -> Tensor:
         """The reward of every image, float32 ``(B,)``.
 
