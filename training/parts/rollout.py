@@ -137,9 +137,11 @@ class Rollout:
         return Prediction(raw, self.student.prediction_type, self.student.interpolant, x, self._times(i, x))
 
     def step(self, prediction: Prediction, i: int | Tensor, j: int | Tensor, *, x: Tensor | None = None) -> Tensor:
-        """The sample at time ``j`` of ``0 ... N``; ``x`` is where the step begins, if not where the call was made."""
-        x = wide(prediction.z if x is None else x)
-        clean = replace_z(prediction, x).sample
+        """The sample at time ``j`` of ``0 ... N``; ``x`` is where the step begins, if not where the call was made.
+
+        Such a step goes on with the call's velocity, whatever the network predicts.
+        """
+        clean, x = self._begin(prediction, x)
         path = self.student.interpolant
         t, s = self._times(i, x), self._times(j, x)
         keep = path.sigma(s) / path.sigma(t)
@@ -151,16 +153,24 @@ class Rollout:
             x = self.advance(self.predict(x, i), i)
         return x
 
-    def advance(self, prediction: Prediction, i: int) -> Tensor:
-        """One step of the sampler, from call ``i`` to the next time, with the noise that it injects."""
+    def advance(self, prediction: Prediction, i: int, *, x: Tensor | None = None) -> Tensor:
+        """One step of the sampler, from call ``i`` to the next time, with the noise that it injects; ``x`` as above."""
         if not self.noise_scale:
-            return self.step(prediction, i, i + 1)
-        x = wide(prediction.z)
+            return self.step(prediction, i, i + 1, x=x)
+        clean, x = self._begin(prediction, x)
         path, times = self.student.interpolant, self.grid.times
-        clean, keep, spread = exact_coefficients(path, times[i], times[i + 1], self.noise_scale)
-        x = clean * prediction.sample + keep * x
+        towards, keep, spread = exact_coefficients(path, times[i], times[i + 1], self.noise_scale)
         assert self.rng is not None
+        x = towards * clean + keep * x
         return x + spread * self.rng.normal(x.shape[1:], dtype=x.dtype) if spread else x
+
+    def _begin(self, prediction: Prediction, x: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The clean sample that ``prediction`` means for a step from ``x``, and ``x``."""
+        p = prediction
+        if x is None:
+            x = wide(p.z)
+            return p.interpolant.convert(p.raw, p.prediction_type, "sample", x, p.t), x
+        return p.interpolant.convert(p.velocity, "flow_prediction", "sample", x, p.t), x
 
     def _raw(self, x: Tensor, i: int | Tensor, student: Denoiser | None = None) -> Tensor:
         student = student or self.student
@@ -181,10 +191,3 @@ class Rollout:
         if isinstance(i, Tensor):
             return self.grid.times.to(x.device)[i]
         return self.grid.times[i]
-
-
-def replace_z(prediction: Prediction, x: Tensor) -> Prediction:
-    """The same output as if it had been made at ``x``; equal to ``prediction`` where ``x`` is its own."""
-    if x is prediction.z:
-        return prediction
-    return Prediction(prediction.raw, prediction.prediction_type, prediction.interpolant, x, prediction.t)
