@@ -38,7 +38,7 @@ def test_every_source_file_is_in_a_package():
     for top in ("genkit", "pipelines", "eval", "training"):
         for file in (ROOT / top).rglob("*.py"):
             parent = file.parent.relative_to(ROOT)
-            assert parent in declared or parent == Path("eval/assets"), f"{parent} has no __init__.py"
+            assert parent in declared or parent.name == "assets", f"{parent} has no __init__.py"
 
 
 def test_torchvision_is_needed_by_evaluation_only():
@@ -84,9 +84,11 @@ foreign = [
 assert not foreign, foreign
 
 from genkit.eval.extractors.base import get_extractor
+from genkit.rewards import make
 from genkit.training.config import load_config
 
 assert get_extractor("digits").dim > 0
+assert all(make("digits", network=name).differentiable for name in ("trained", "held_out"))
 recipes = importlib.resources.files("genkit.configs") / "digits"
 load_config(recipes / "flow_matching.yaml")
 assert (importlib.resources.files("genkit") / "citations.bib").read_text()
@@ -121,6 +123,8 @@ def test_a_wheel_holds_every_data_file(installed):
         ("eval/assets/*.safetensors", "genkit/eval/assets"),
         ("eval/assets/*.json", "genkit/eval/assets"),
         ("eval/templates/*", "genkit/eval/templates"),
+        ("genkit/assets/*.safetensors", "genkit/assets"),
+        ("genkit/assets/*.json", "genkit/assets"),
         ("configs/**/*.yaml", "genkit/configs"),
     ):
         files = sorted(ROOT.glob(pattern))
