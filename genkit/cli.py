@@ -165,6 +165,9 @@ def pairs(
     arguments: Annotated[
         str, typer.Option("--set", help="Others of the pipeline's call: height=512,negative_prompt='blurry'.")
     ] = "",
+    reward: Annotated[
+        str | None, typer.Option(help="Score the samples, by a reward's name with settings: digits:wanted=3.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Pair i depends on (seed, i) alone.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Pairs at a time; does not change them.")] = 64,
     shard_size: Annotated[int, typer.Option(help="Pairs a file.")] = 512,
@@ -177,7 +180,7 @@ def pairs(
     offload: Annotated[bool, typer.Option("--offload", help="Keep on the device only what is computing.")] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Make pairs of noise and a model's samples, to straighten or distil the model; run again, it goes on."""
+    """Make pairs of noise and a model's samples, scored or not, to train on; run again, it goes on."""
     from genkit.pipelines.pairs import make_pairs
 
     folder = make_pairs(
@@ -191,6 +194,7 @@ def pairs(
         guider=guider,
         scheduler=scheduler,
         arguments=arguments,
+        reward=reward,
         seed=seed,
         batch_size=batch_size,
         shard_size=shard_size,

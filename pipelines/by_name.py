@@ -1,4 +1,4 @@
-"""Guiders and schedulers by name, as a command line writes them: ``apg:guidance_scale=4,eta=0``."""
+"""Guiders, schedulers and rewards by name, as a command line writes them: ``apg:guidance_scale=4,eta=0``."""
 
 import ast
 import inspect
@@ -7,9 +7,12 @@ from typing import Any
 
 import diffusers
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from pydantic import ValidationError
 
 from genkit.guidance.base import Guider
-from genkit.registry import members, unknown
+from genkit.registry import lookup, members, unknown
+from genkit.rewards import Reward
+from genkit.rewards import make as make_reward
 from genkit.schedulers.base import PathScheduler
 
 
@@ -82,6 +85,22 @@ def parse_scheduler(text: str, scheduler: Any) -> Any:
     settings = parse_settings(f"scheduler {name!r}", rest, _arguments(theirs[name]))
     config = scheduler.config.get("path") or scheduler.config
     return theirs[name].from_config(config, **settings)
+
+
+def parse_reward(text: str) -> Reward:
+    """A reward from ``name`` or ``name:key=value,key=value``, values as Python literals.
+
+    Raises:
+        ValueError: an unknown name or setting, or a value that the reward refuses.
+    """
+    name, _, rest = text.partition(":")
+    cls = lookup("genkit.rewards", Reward, name, setting="reward")
+    settings = parse_settings(f"reward {name!r}", rest, cls.Config.model_fields)
+    try:
+        return make_reward(name, **settings)
+    except ValidationError as error:
+        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise ValueError(f"reward {name!r}: {wrong}") from None
 
 
 def _is_scheduler(cls: Any) -> bool:

@@ -27,9 +27,11 @@ from genkit.data.pairs import (
 )
 from genkit.denoisers.network import unwrap
 from genkit.pipelines.base import DenoiserPipeline
-from genkit.pipelines.by_name import parse_guider, parse_scheduler, parse_settings
+from genkit.pipelines.by_name import parse_guider, parse_reward, parse_scheduler, parse_settings
+from genkit.pipelines.classic import decode, is_xl
 from genkit.pipelines.commands import _TAKEN, DTYPES, _asked, _lines, _num_classes, _plain, _try, load_pipeline
 from genkit.registry import unknown
+from genkit.rewards import Reward
 from genkit.rng import ItemRNG
 
 
@@ -45,6 +47,7 @@ def make_pairs(
     guider: str | None = None,
     scheduler: str | None = None,
     arguments: str = "",
+    reward: str | None = None,
     seed: int = 0,
     batch_size: int = 64,
     shard_size: int = 512,
@@ -59,18 +62,23 @@ def make_pairs(
 
     ``pairs.json`` says what they are a function of, weights included. A shard is a safetensors file with ``x0``,
     ``item``, ``class_labels`` or prompts, and ``eps`` where asked for, and a JSON file written after it with its range
-    of items, those that were left out because they were not finite, and its checksum. Pair ``i`` is a pure function of
-    ``(seed, i)``: the batch size does not change it. A shard that is not whole is made again, and ``num`` may grow.
+    of items, those that were left out because they, or their scores, were not finite, and its checksum. Pair ``i`` is a
+    pure function of ``(seed, i)``: the batch size does not change it. A shard that is not whole is made again, and
+    ``num`` may grow.
 
     Args:
         pipeline, prompts, labels, inputs, num_inference_steps, guider, scheduler, arguments, dtype, offload: as for
             :func:`genkit.pipelines.commands.sample_to_folder`. Item ``i`` is made of prompt or label ``i``, and from
             the first again after the last.
+        reward: what scores every sample, see :func:`genkit.pipelines.by_name.parse_reward`; differentiable or not. It
+            sees the image that the pipeline decodes, and its score is stored as ``score``, float32, for the data
+            sources ``feedback`` and ``preferences``.
         store_noise: store ``eps`` as float32 instead of drawing it again from the seed.
         x0_dtype: what ``x0`` is stored as: ``float32``, ``float16`` or ``bfloat16``.
 
     Raises:
-        ValueError: settings other than those of the pairs that are there; a scheduler that draws noise, so that pairs
+        ValueError: settings other than those of the pairs that are there; a reward that cannot take the samples or what
+            they are made of; a scheduler that draws noise, so that pairs
             would not be coupled; a pair that comes out differently than it was stored; a shard without any finite
             sample.
         FileNotFoundError: no pipeline there, or no file of inputs.
@@ -83,6 +91,7 @@ def make_pairs(
             raise ValueError(unknown(name, value, DTYPES))
     lines = _lines(inputs)
     rule = None if guider is None else parse_guider(guider)
+    scorer = None if reward is None else parse_reward(reward)
     extra = parse_settings("arguments", arguments)
     # In float32, as training loads it, so that the weights can be told again there.
     pipe = load_pipeline(pipeline, dtype=torch.float32)
@@ -115,6 +124,9 @@ def make_pairs(
         "num_inference_steps": steps,
         "guider": None if rule is None else _plain(rule),
         "arguments": {k: v for k, v in extra.items() if k != "guider"},
+        "reward": None
+        if scorer is None
+        else {"name": reward.partition(":")[0], **scorer.config.model_dump(mode="json")},
         "asked": {"as": given, "count": len(asked), "sha256": _sha256_of(asked)},
         "num_classes": _num_classes(pipe.network) if given == "class_labels" else None,
         "shape": list(shape),
@@ -127,6 +139,8 @@ def make_pairs(
         "num": num,
     }
     sampler = _Sampler(pipe, steps, asked, given, extra, manifest)
+    if scorer is not None:
+        sampler.scored_by(scorer.to(device))
     _open(output, manifest)
     sampler.check(output)
     missing = [k for k in range(shard_count(manifest)) if shard_record(output, manifest, k) is None]
@@ -134,11 +148,15 @@ def make_pairs(
     with tqdm(total=num, initial=num - left, unit="pair", disable=quiet or None) as bar:
         for number in missing:
             items = shard_items(manifest, number)
-            parts = []
+            parts, scores = [], []
             for start in range(items.start, items.stop, batch_size):
-                parts.append(sampler(range(start, min(start + batch_size, items.stop))))
-                bar.update(len(parts[-1]))
-            _write_shard(output, manifest, number, torch.cat(parts), [asked[i % len(asked)] for i in items])
+                batch = range(start, min(start + batch_size, items.stop))
+                parts.append(sampler(batch))
+                if scorer is not None:
+                    scores.append(sampler.score(parts[-1], batch))
+                bar.update(len(batch))
+            score = torch.cat(scores) if scores else None
+            _write_shard(output, manifest, number, torch.cat(parts), score, [asked[i % len(asked)] for i in items])
     return output
 
 
@@ -148,6 +166,22 @@ class _Sampler:
     def __init__(self, pipe: DenoiserPipeline, steps: int, asked: list, given: str | None, extra: dict, manifest: dict):
         self.pipe, self.steps, self.asked, self.given, self.extra = pipe, steps, asked, given, extra
         self.manifest = manifest
+        self.reward: Reward | None = None
+
+    def scored_by(self, reward: Reward) -> None:
+        """Samples are to be scored by ``reward``.
+
+        Raises:
+            ValueError: it reads prompts where the network takes labels or the reverse, or cannot take such images.
+        """
+        has = {"prompt": "prompts", "class_labels": "labels"}.get(self.given or "")
+        if reward.takes not in (None, has):
+            raise ValueError(
+                f"reward={self.manifest['reward']['name']!r} reads {reward.takes}, and samples are made of "
+                f"{has or 'nothing'}; use a reward that does not"
+            )
+        self.reward = reward
+        reward.check_size(tuple(self._images(torch.zeros(1, *self.manifest["shape"])).shape[1:]))
 
     def __call__(self, items: range, stream: int = 0) -> Tensor:
         m = self.manifest
@@ -163,6 +197,25 @@ class _Sampler:
             **self.extra,
         )
         return out.images.float().cpu()
+
+    def score(self, x0: Tensor, items: range) -> Tensor:
+        """How good the samples of ``items`` are, ``(B,)`` float32 on the CPU."""
+        assert self.reward is not None
+        asked = [self.asked[i % len(self.asked)] for i in items]
+        images = self._images(x0)
+        prompts = torch.tensor(asked, device=images.device) if self.given == "class_labels" else asked
+        with torch.no_grad():
+            return self.reward(images, None if self.reward.takes is None else prompts).float().cpu()
+
+    @torch.no_grad()
+    def _images(self, x0: Tensor) -> Tensor:
+        """What the pipeline decodes of ``x0``, on [0, 1]."""
+        pipe = self.pipe
+        x = x0.to(pipe._execution_device)
+        if pipe.components.get("vae") is not None:
+            x = decode(pipe.vae, x, upcast=is_xl(pipe.classic))
+            pipe.maybe_free_model_hooks()
+        return (x / 2 + 0.5).clamp(0, 1)
 
     def check(self, folder: Path) -> None:
         """Make the first pair: it must not hang on any noise but its own, and be what it was if it is there already."""
@@ -206,21 +259,27 @@ def _open(folder: Path, manifest: dict[str, Any]) -> None:
     _write_json(file, manifest)
 
 
-def _write_shard(folder: Path, manifest: dict[str, Any], number: int, x0: Tensor, asked: list) -> None:
+def _write_shard(
+    folder: Path, manifest: dict[str, Any], number: int, x0: Tensor, score: Tensor | None, asked: list
+) -> None:
     """The tensors first, whole or not at all, then the record that makes them count."""
     file, record = shard_paths(folder, number)
     items = shard_items(manifest, number)
     finite = x0.flatten(1).isfinite().all(1)
+    if score is not None:
+        finite &= score.isfinite()
     if not bool(finite.any()):
         raise ValueError(
             f"no sample of items {items.start} to {items.stop - 1} is finite with dtype={manifest['dtype']!r}; use "
-            "another dtype or scheduler"
+            f"another dtype or scheduler{'' if score is None else ', or another reward'}"
         )
     item = torch.arange(items.start, items.stop)
     kept = item[finite]
     tensors = {"x0": x0[finite].to(DTYPES[manifest["x0_dtype"]]).contiguous(), "item": kept}
     if manifest["store_noise"]:
         tensors["eps"] = noise(manifest["seed"], kept, tuple(manifest["shape"]))
+    if score is not None:
+        tensors["score"] = score[finite]
     metadata = {"format": "pt"}
     words = [value for value, good in zip(asked, finite.tolist(), strict=True) if good]
     if manifest["asked"]["as"] == "class_labels":
@@ -233,6 +292,8 @@ def _write_shard(folder: Path, manifest: dict[str, Any], number: int, x0: Tensor
     checksum, size = sha256(part), part.stat().st_size
     part.replace(file)
     entry = {"first": items.start, "stop": items.stop, "count": len(kept), "skipped": item[~finite].tolist()}
+    if score is not None:
+        entry["score"] = {name: getattr(tensors["score"], name)().item() for name in ("mean", "min", "max")}
     _write_json(record, entry | {"bytes": size, "sha256": checksum})
 
 

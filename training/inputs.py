@@ -10,6 +10,7 @@ from genkit.data.base import Source
 from genkit.denoisers import TwoTime
 from genkit.denoisers.base import Condition, Denoiser
 from genkit.denoisers.flux import Flux
+from genkit.latents import compression
 from genkit.rewards.base import Prompts
 from genkit.rng import ItemRNG, hash_seed
 from genkit.training.adapters import base_network
@@ -29,13 +30,14 @@ class Inputs:
 
     def __init__(self, pipe, student: Denoiser, source: Source, seed: int, *, conditioned: bool = True):
         self.pipe, self.student, self.seed = pipe, student, hash_seed(seed, 0x766165)
+        self.samples = source.sample_fields
         self.name = type(source).__name__
         shape, self.labels, self.prompts = _wanted(student)
         if not conditioned:
             self.labels, self.prompts = None, False
         self.shape = getattr(source.config, "sample_shape", None) or shape
         vae: Any = getattr(pipe, "vae", None)
-        given = source.shape
+        given = self.given = source.shape
         latents = vae is None or shape is None or given is None or given[0] == shape[0]
         self.vae: Any = None if latents else vae
         if given is None:
@@ -54,6 +56,14 @@ class Inputs:
             raise ValueError(f"data={self.name} gives {got}, the model takes class labels 0 to {self.labels - 1}")
         self._null_label = student.encode(pipe, class_labels=[0]).null_values if self.labels else None  # type: ignore
 
+    @property
+    def sample_shape(self) -> tuple[int, ...] | None:
+        """Shape of the network's samples, where it is known before any are read."""
+        if self.given is None or self.vae is None:
+            return self.given or self.shape
+        factor = compression(self.vae)
+        return (self.vae.config.latent_channels, *(side // factor for side in self.given[1:]))
+
     @torch.no_grad()
     def __call__(self, read: dict[str, Any], device: torch.device) -> Batch:
         """One micro-batch of the loader, on ``device``."""
@@ -62,6 +72,9 @@ class Inputs:
         x0 = fields["x0"] if "x0" in fields else torch.zeros((len(index), *(self.shape or ())), device=device)
         if self.vae is not None:
             x0 = self._encode(x0, index)
+            for stream, name in enumerate(self.samples):
+                if name != "x0":
+                    fields[name] = self._encode(fields[name], index, stream)
         asked = self.asked(read)
         asked = asked.to(device) if isinstance(asked, Tensor) else asked
         return Batch(x0, self.condition(read, device), index, fields, asked)
@@ -84,10 +97,10 @@ class Inputs:
             return self.student.encode(self.pipe, prompt=read["prompts"], negative_prompt="")  # type: ignore
         return Condition()
 
-    def _encode(self, pixels: Tensor, index: Tensor) -> Tensor:
+    def _encode(self, pixels: Tensor, index: Tensor, stream: int = 0) -> Tensor:
         config = self.vae.config
         posterior = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
-        noise = ItemRNG(self.seed, index).normal(posterior.mean.shape[1:], dtype=posterior.mean.dtype)
+        noise = ItemRNG(self.seed + stream, index).normal(posterior.mean.shape[1:], dtype=posterior.mean.dtype)
         shift = getattr(config, "shift_factor", None) or 0.0
         return ((posterior.mean + posterior.std * noise - shift) * config.scaling_factor).float()
 

@@ -31,6 +31,8 @@ class Source(ABC):
     ``class_labels``, int64 ``(B,)``, where ``num_classes`` is not None; ``prompts``, a list of str, where the source
     has them.
 
+    ``sample_fields`` are those of its tensors that are clean samples, to be encoded where ``x0`` is.
+
     A subclass in its own file of ``genkit/data/`` is a source named like the file. It sets ``shape``, ``num_classes``
     and ``length`` and defines :meth:`read`. A source without ``length`` is endless: item ``i`` is made from ``i``.
     """
@@ -40,6 +42,7 @@ class Source(ABC):
     shape: tuple[int, ...] | None
     num_classes: int | None = None
     length: int | None = None
+    sample_fields: ClassVar[tuple[str, ...]] = ("x0",)
 
     def __init__(self, **settings: Any):
         self.config = self.Config(**settings)
@@ -55,6 +58,14 @@ class Source(ABC):
     def rng(self, items: Tensor) -> ItemRNG:
         """The random stream of each of ``items``; no other source, and nothing in training, shares it."""
         return ItemRNG(hash_seed(self.config.seed, *type(self).__qualname__.encode()), items)
+
+    def scores(self) -> Tensor | None:
+        """How good every record is, float32 ``(length,)``, where the source knows."""
+        return None
+
+    def groups(self) -> Sequence[Any] | None:
+        """What every record is compared within, such as its prompt or label; ``None`` where all are of one kind."""
+        return None
 
     def check_network(self, network: nn.Module) -> None:
         """Told of the network that is to be trained, as it was before any adapter; raises if it is the wrong one."""

@@ -1,12 +1,15 @@
 """A folder of pictures, in class sub-folders or flat, with or without captions."""
 
 import json
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from pydantic import Field
+from torch import Tensor
 
 from genkit.data._images import ImageConfig, prepare
 from genkit.data.base import Source
@@ -33,7 +36,8 @@ class ImageFolder(Source):
 
     Pictures in sub-folders have ``class_labels``, the classes (``class_names``) being the sub-folders' names in order.
     ``prompts`` come from a text file beside each picture (``a.png``, ``a.txt``), or from ``metadata.jsonl``, whose
-    lines ``{"file_name": ..., "text": ...}`` then are the pictures to use, wherever they lie; it knows no classes.
+    lines ``{"file_name": ..., "text": ...}`` then are the pictures to use, wherever they lie; it knows no classes. A
+    picture may have a ``score`` there, a number, and a ``group``, what it is compared within in place of its prompt.
 
     Raises:
         FileNotFoundError: no such folder, or a listed picture or caption that is not there.
@@ -49,6 +53,7 @@ class ImageFolder(Source):
         if not root.is_dir():
             raise FileNotFoundError(f"path={str(root)!r} is not a folder")
         self.prompts: list[str] | None
+        self._told: list[dict[str, Any]] = []  # of each picture, its score and group
         if (root / _METADATA).is_file():
             self.files, self.prompts = self._listed(root)
             folders = []
@@ -85,7 +90,35 @@ class ImageFolder(Source):
                 raise FileNotFoundError(f"{place}: {file} is not there")
             files.append(file)
             prompts.append(prompt)
+            self._told.append({key: entry[key] for key in ("score", "group") if key in entry})
         return files, prompts
+
+    def scores(self) -> Tensor | None:
+        """Those of ``metadata.jsonl``.
+
+        Raises:
+            ValueError: a picture without a score beside others that have one; a score that is no finite number.
+        """
+        found = [told.get("score") for told in self._told]
+        if all(score is None for score in found):
+            return None
+        for file, score in zip(self.files, found, strict=True):
+            if isinstance(score, bool) or not isinstance(score, (int, float)) or not math.isfinite(score):
+                raise ValueError(f"{file}: its score in {_METADATA} is {score!r}; accepted is a finite number")
+        return torch.tensor(found, dtype=torch.float32)
+
+    def groups(self) -> Sequence[Any] | None:
+        """Those of ``metadata.jsonl``, else the prompts, else the classes.
+
+        Raises:
+            ValueError: a picture without a group beside others that have one.
+        """
+        found = [told.get("group") for told in self._told]
+        if all(group is None for group in found):
+            return self.prompts if self.prompts is not None else self.labels.tolist() or None
+        if None in found:
+            raise ValueError(f"{self.files[found.index(None)]}: other pictures of {_METADATA} have a group")
+        return found
 
     def _captions_beside(self) -> list[str] | None:
         texts = [file.with_suffix(".txt") for file in self.files]

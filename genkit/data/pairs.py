@@ -86,7 +86,8 @@ class PairsConfig(SourceConfig):
 
 
 class Pairs(Source):
-    """``x0`` and ``eps`` ``(B, *shape)`` in the model's own space, with the class labels or prompts they were made of.
+    """``x0`` and ``eps`` ``(B, *shape)`` in the model's own space, with the class labels or prompts they were made of,
+    and ``score`` ``(B,)`` where they were scored.
 
     Noise that was not stored is drawn again from its seed, which is verified when the source is made. A shard's
     checksum is verified when it is first read.
@@ -144,14 +145,40 @@ class Pairs(Source):
         else:
             eps = noise(self.manifest["seed"], torch.stack([row["item"] for row in found]), self.shape)
         batch: dict[str, Any] = {"x0": x0, "eps": eps}
+        if "score" in found[0]:
+            batch["score"] = torch.stack([row["score"] for row in found])
         if self.num_classes is not None:
             batch["class_labels"] = torch.stack([row["class_labels"] for row in found])
         elif "prompt" in found[0]:
             batch["prompts"] = [row["prompt"] for row in found]
         return batch
 
+    def scores(self) -> Tensor | None:
+        """Those that ``genkit pairs --reward`` gave."""
+        if self.manifest.get("reward") is None:
+            return None
+        return torch.cat([_header(self.folder, number, "score") for number in range(len(self.records))])
+
+    def groups(self) -> list[Any] | None:
+        """Their prompts or labels."""
+        found = [_asked(self.folder, number, self.manifest["asked"]["as"]) for number in range(len(self.records))]
+        return None if found[0] is None else [value for shard in found for value in shard]
+
     def _shard(self, number: int) -> "_Shard":
         return _opened(shard_paths(self.folder, number)[0], self.records[number]["sha256"])
+
+
+def _header(folder: Path, number: int, name: str) -> Tensor:
+    with safe_open(shard_paths(folder, number)[0], framework="pt") as opened:
+        return opened.get_tensor(name)
+
+
+def _asked(folder: Path, number: int, given: str | None) -> list[Any] | None:
+    """What the samples of a shard were made of."""
+    if given == "class_labels":
+        return _header(folder, number, given).tolist()
+    with safe_open(shard_paths(folder, number)[0], framework="pt") as opened:
+        return json.loads(opened.metadata().get("prompts", "null"))
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

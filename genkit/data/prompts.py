@@ -29,7 +29,7 @@ class Prompts(Source):
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a file without prompts.
+        ValueError: a file without prompts, or not in UTF-8.
     """
 
     Config = PromptsConfig
@@ -42,7 +42,10 @@ class Prompts(Source):
         if self.config.file is not None:
             if not self.config.file.is_file():
                 raise FileNotFoundError(f"data.file={str(self.config.file)!r} is not a file")
-            lines = self.config.file.read_text(encoding="utf-8").splitlines()
+            try:
+                lines = self.config.file.read_text(encoding="utf-8-sig").splitlines()
+            except UnicodeDecodeError as error:
+                raise ValueError(f"data.file={str(self.config.file)!r} is not UTF-8: {error}") from None
             self.prompts = [line.strip() for line in lines if line.strip()]
             if not self.prompts:
                 raise ValueError(f"data.file={str(self.config.file)!r} holds no prompts")

@@ -148,6 +148,114 @@ def test_not_finite_is_left_out_and_recorded(folder, tmp_path, monkeypatch):
         make_pairs(folder, tmp_path / "none", num=12, **SETTINGS)
 
 
+# -- scored ----------------------------------------------------------------------------------------------------------
+
+SCORER = """
+import torch
+
+def ink(images):
+    assert images.min() >= 0 and images.max() <= 1
+    return images.double().flatten(1).mean(1).numpy()
+
+def broken(images):
+    return torch.where(torch.arange(len(images)) == 1, torch.nan, images.flatten(1).mean(1))
+
+def label(images, labels):
+    return labels
+
+def length(images, prompts):
+    return [len(p) for p in prompts]
+"""
+
+
+@pytest.fixture
+def scorer(tmp_path):
+    (tmp_path / "scorer.py").write_text(SCORER)
+
+    def reward(name, takes=None):
+        takes = "" if takes is None else f",takes={takes}"
+        return f"function:path='{tmp_path / 'scorer.py'}:{name}',differentiable=False{takes}"
+
+    return reward
+
+
+def test_samples_are_scored_as_they_are_made(folder, tmp_path, scorer):
+    plain = make_pairs(folder, tmp_path / "plain", num=20, **SETTINGS)
+    output = make_pairs(folder, tmp_path / "pairs", num=12, batch_size=3, reward=scorer("ink"), **SETTINGS)
+    make_pairs(folder, output, num=20, batch_size=7, reward=scorer("ink"), **SETTINGS)
+    source, batch = rows(output)
+    ink = (batch["x0"] / 2 + 0.5).clamp(0, 1).flatten(1).mean(1)
+    assert torch.allclose(batch["score"], ink, atol=1e-6) and torch.equal(batch["score"], source.scores())
+    assert torch.allclose(batch["x0"], rows(plain)[1]["x0"], atol=1e-5) and "score" not in rows(plain)[1]
+    assert source.groups() == [i % 10 for i in range(20)]
+    manifest = json.loads((output / "pairs.json").read_text())
+    assert manifest["reward"]["name"] == "function" and manifest["reward"]["path"].endswith("scorer.py:ink")
+    record = json.loads(shard_paths(output, 0)[1].read_text())["score"]
+    assert record["mean"] == pytest.approx(ink[:8].mean().item()) and record["max"] == pytest.approx(
+        ink[:8].max().item()
+    )
+    with pytest.raises(ValueError, match="holds pairs made with .*'reward': .*choose another folder"):
+        make_pairs(folder, output, num=20, **SETTINGS)
+
+
+def test_scores_follow_what_was_asked_for(folder, tmp_path, scorer):
+    output = make_pairs(folder, tmp_path / "pairs", num=9, batch_size=4, reward=scorer("label", "labels"), **SETTINGS)
+    assert rows(output)[1]["score"].tolist() == [*range(9)]
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd3"])
+def test_latents_are_decoded_before_they_are_scored(name, tmp_path, scorer):
+    tiny.pipeline(name).save_pretrained(tmp_path / "model")
+    asked = dict(prompts=["a cat", "seven dogs"], num=3, batch_size=2)
+    output = make_pairs(tmp_path / "model", tmp_path / "pairs", reward=scorer("ink"), **SETTINGS, **asked)
+    _, batch = rows(output)
+    pipe = tiny.pipeline(name)
+    config = pipe.vae.config
+    with torch.no_grad():
+        z = batch["x0"] / config.scaling_factor + (getattr(config, "shift_factor", None) or 0)
+        expected = (pipe.vae.decode(z).sample / 2 + 0.5).clamp(0, 1).flatten(1).mean(1)
+    assert torch.allclose(batch["score"], expected, atol=1e-5) and batch["score"].std() > 0
+    output = make_pairs(tmp_path / "model", tmp_path / "by", reward=scorer("length", "prompts"), **SETTINGS, **asked)
+    assert rows(output)[1]["score"].tolist() == [5, 10, 5]
+
+
+def test_a_sample_without_a_score_is_left_out(folder, tmp_path, scorer):
+    output = make_pairs(folder, tmp_path / "pairs", num=8, batch_size=4, reward=scorer("broken"), **SETTINGS)
+    assert json.loads(shard_paths(output, 0)[1].read_text())["skipped"] == [1, 5]
+    assert len(rows(output)[0]) == 6 and rows(output)[1]["score"].isfinite().all()
+
+
+def test_rewards_that_do_not_fit_are_refused(folder, tmp_path, scorer):
+    settings = dict(num=4, **SETTINGS)
+    for reward, text in (
+        (scorer("length", "prompts"), "reward='function' reads prompts, and samples are made of labels"),
+        ("functio:path=1", "reward='functio' is not known; did you mean 'function'"),
+        ("function:pat=1", "reward 'function': setting='pat' is not known; did you mean 'path'"),
+        ("jpeg:quality=300", "reward 'jpeg': quality: Input should be less than or equal to 100"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            make_pairs(folder, tmp_path / "none", reward=reward, **settings)
+    assert not (tmp_path / "none").exists()
+
+
+def test_pairs_of_verdicts_are_trained_on(folder, tmp_path, scorer):
+    """From a model's own samples and a scorer without a gradient to both methods."""
+    output = make_pairs(folder, tmp_path / "pairs", num=40, reward=scorer("ink"), **SETTINGS)
+    median = Pairs(path=output).scores().median().item()
+    samples = dict(name="pairs", path=str(output))
+    for objective, data in (
+        (dict(name="dro"), dict(name="feedback", samples=samples, threshold=median)),
+        (dict(name="diffusion_dpo"), dict(name="preferences", samples=samples)),
+    ):
+        run = build(config(folder, output, tmp_path / "run", objective=objective, data=data))
+        read = run.source.__getitems__(range(4)) | {"index": torch.arange(4)}
+        batch = run.inputs(read, torch.device("cpu"))
+        (phase,) = run.objective.phases(0)
+        (loss,) = run.objective.losses(phase, batch, ItemRNG(0, range(4)))
+        loss.value.backward()
+        assert any(p.grad is not None and p.grad.abs().max() > 0 for p in run.student.module.parameters())
+
+
 # -- going on --------------------------------------------------------------------------------------------------------
 
 CHILD = """
@@ -318,10 +426,11 @@ def test_reading_by_processes(folder, tmp_path):
 
 def test_command(folder, tmp_path):
     arguments = ["pairs", str(folder), "--output", str(tmp_path / "pairs"), "--num", "5", "--steps", "2"]
-    arguments += ["--labels", "1,2", "--shard-size", "3", "--store-noise", "--quiet"]
+    arguments += ["--labels", "1,2", "--shard-size", "3", "--store-noise", "--quiet", "--reward", "jpeg:quality=90"]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     assert rows(tmp_path / "pairs")[1]["class_labels"].tolist() == [1, 2, 1, 2, 1]
+    assert (rows(tmp_path / "pairs")[1]["score"] < 0).all()
     assert Path(result.stdout.strip()) == tmp_path / "pairs"
 
 

@@ -1,10 +1,13 @@
 """DRO and Diffusion-DPO: gradients at the reference, what is bounded, labels and their signs, what does not matter."""
 
 import copy
+import json
 import math
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from genkit.denoisers import FunctionDenoiser
@@ -336,3 +339,36 @@ def test_on_a_text_to_image_pipeline(toys, tmp_path):
     pipe = tiny.pipeline("sd15")
     pipe.load_lora_weights(export(trainer))
     assert pipe.get_list_adapters()["unet"]
+
+
+def test_pictures_of_both_are_encoded(toys, tmp_path):
+    """By the model's autoencoder, each with noise of its own; latents are left as they are."""
+    base = tmp_path / "sd3"
+    tiny.pipeline("sd3").save_pretrained(base)
+    (tmp_path / "pictures").mkdir()
+    lines = []
+    for i in range(4):
+        pixels = np.random.default_rng(i // 2).integers(0, 256, (32, 32, 3), dtype=np.uint8)  # two of each
+        Image.fromarray(pixels).save(tmp_path / f"pictures/{i}.png")
+        lines.append(json.dumps({"file_name": f"{i}.png", "text": f"prompt {i // 2}", "score": i % 2}))
+    (tmp_path / "pictures/metadata.jsonl").write_text("\n".join(lines))
+    samples = dict(name="image_folder", path=str(tmp_path / "pictures"), size=32)
+    values = dict(
+        model=dict(pretrained=str(base)),
+        adapter=dict(kind="lora", rank=2),
+        objective=dict(name="diffusion_dpo"),
+        data=dict(name="preferences", samples=samples),
+        global_batch_size=2,
+    )
+    run = build(TrainConfig(**toys.settings(tmp_path / "run", **values)).check())
+    read = run.source.__getitems__([0, 1]) | {"index": torch.arange(2)}
+    given = run.inputs(read, torch.device("cpu"))
+    assert given.x0.shape == given.fields["lose"].shape == (2, 4, 16, 16)
+    posterior = run.pipe.vae.encode(read["lose"]).latent_dist
+    config = run.pipe.vae.config
+    noise = (given.fields["lose"] / config.scaling_factor + config.shift_factor - posterior.mean) / posterior.std
+    assert noise.std().item() == pytest.approx(1, abs=0.05) and torch.equal(read["x0"], read["lose"])
+    other = (given.x0 / config.scaling_factor + config.shift_factor - posterior.mean) / posterior.std
+    correlation = torch.corrcoef(torch.stack((noise.flatten(), other.flatten())))[0, 1]
+    assert abs(correlation.item()) < 0.1
+    assert loss_of(run.objective, given).value.item() == pytest.approx(math.log(2), abs=1e-6)
