@@ -31,6 +31,14 @@ def decoded(vae: Any, latents: Tensor) -> Tensor:
     return pictures.to(torch.promote_types(pictures.dtype, torch.float32))
 
 
+def compression(vae: Any) -> int:
+    """Pixels along a side of a picture to one along a side of its latents; 1 without ``vae``."""
+    if vae is None:
+        return 1
+    blocks = vae.config.get("block_out_channels") or vae.config.get("encoder_block_out_channels") or [0]
+    return getattr(vae, "spatial_compression_ratio", None) or 2 ** (len(blocks) - 1)
+
+
 def _standard(vae: Any, like: Tensor) -> tuple[float, Any, Any]:
     config = vae.config
     scale, mean, std = (config.get(k) for k in ("scaling_factor", "latents_mean", "latents_std"))

@@ -81,6 +81,8 @@ def build(config: TrainConfig) -> Run:
             "that make do with prompts or labels say needs_samples=False"
         )
     inputs = Inputs(pipe, student, source, config.seed, conditioned=objective.needs_condition)
+    if inputs.sample_shape is not None:
+        objective.check_shape(inputs.sample_shape)
     return Run(config, pipe, student, objective, source, inputs)
 
 

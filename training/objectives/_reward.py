@@ -12,6 +12,7 @@ from torch import Tensor
 from genkit.denoisers.base import Denoiser
 from genkit.guidance.base import Guider
 from genkit.guidance.cfg import CFG
+from genkit.latents import compression
 from genkit.rewards.base import Prompts
 from genkit.rng import ItemRNG, hash_seed
 from genkit.training.objectives.base import Batch, Loss, Objective, ObjectiveConfig, Phase, Role
@@ -145,10 +146,24 @@ class RewardObjective(Objective):
         )
         yield from self.estimate(run, x, batch, rng)
 
+    def check_shape(self, shape: tuple[int, ...]) -> None:
+        self.grid(shape)
+        channels, *sides = shape
+        vae = self.pipe.components.get("vae")
+        if vae is not None:
+            channels, sides = vae.config.out_channels, [compression(vae) * side for side in sides]
+        self.judge.check_size((channels, *sides))
+
     def grid(self, shape: tuple[int, ...]) -> Grid:
         """The calls of a rollout for samples of ``shape``."""
         if shape not in self._grids:
             schedule(self.student, self.pipe, self.walker, self.config.num_inference_steps, shape)
+            last = self.walker.times[-2]
+            if self.student.interpolant.sigma(last) == 0:
+                raise ValueError(
+                    f"num_inference_steps={self.config.num_inference_steps}: the last network call is at t={last:g}, "
+                    "where sigma = 0 and there is nothing left to predict; use a scheduler whose last call is earlier"
+                )
             self._grids[shape] = Grid(self.walker.times.clone(), self.walker.timesteps.clone())
         return self._grids[shape]
 

@@ -133,6 +133,10 @@ class Objective(nn.Module, ABC):
         """An objective for the student in ``pipe``; for methods that need more of the pipeline, such as its VAE."""
         return cls(config, student, teacher)
 
+    def check_shape(self, shape: tuple[int, ...]) -> None:
+        """Told of the shape of samples in the network's space before any work; raises if they cannot be."""
+        return
+
     def scheduler(self, scheduler: Any) -> Any:
         """What the student is sampled and exported with, given its pipeline's scheduler.
 
