@@ -46,6 +46,16 @@ TOKENS = dict(network="gpt", hidden_size=16, num_layers=1, num_heads=2, dropout=
 # A generator that hardly moves, so that what follows it can be seen to.
 STILL = dict(optimizer=dict(name="AdamW", lr=1e-5))
 
+ASKED = dict(data=dict(name="prompts", num_classes=10))
+
+
+def threes(**settings) -> dict[str, Any]:
+    """Every digit to become a three, as one classifier sees it and another one watches."""
+    reward = dict(name="digits", wanted=3)
+    held_out = reward | dict(network="held_out", label="held_out")
+    return dict(num_inference_steps=4, rewards=[reward], held_out=[held_out]) | settings
+
+
 READY: dict[str, list[Case]] = {
     "d3sr": [
         Case(
@@ -60,6 +70,10 @@ READY: dict[str, list[Case]] = {
                 )
             ),
         )
+    ],
+    "align_prop": [
+        Case(threes(noise_scale=1.0, loss=dict(kind="target", value=0.0)), falls=("loss", 0.7), paths=(), run=ASKED),
+        Case(threes(first_live=dict(law="uniform")), falls=("loss", 0.7), paths=(), run=ASKED),
     ],
     "autoregressive": [Case(falls=("loss", 0.97), run=dict(model=TOKENS))],
     "ddo": [
@@ -125,12 +139,51 @@ READY: dict[str, list[Case]] = {
         ),
         Case(dict(loss=dict(form="literal", warmup=0.5), shift=dict(kind="time_sign")), ("mixed", 0.6), learns=ANEW),
     ],
+    "draft": [
+        Case(threes(live_steps=None, guidance_scale=2.0), falls=("loss", 0.7), paths=(), run=ASKED),
+        Case(
+            threes(live_steps=2, noise_scale=1.0, prior_weight=1.0, micro_batch=3),
+            falls=("loss", 0.7),
+            paths=(),
+            run=ASKED | dict(adapter=dict(kind="lora", rank=4, alpha=4)),
+            learns=dict(optimizer=dict(name="AdamW", lr=2e-2)),
+        ),
+    ],
+    "draft_lv": [
+        Case(threes(), falls=("loss", 0.7), paths=(), run=ASKED),
+        Case(
+            threes(copies=1, reduction="sum", guidance_scale=2.0, detach_unconditional=True),
+            falls=("loss", 0.7),
+            paths=(),
+            run=ASKED | dict(gradient_accumulation_steps=2),
+        ),
+    ],
+    "drtune": [
+        Case(threes(live_steps=2, early_stop=2), falls=("loss", 0.7), paths=(), run=ASKED),
+        # Threes are punished, by log-probabilities, which are negative.
+        Case(
+            threes(rewards=[dict(name="digits", wanted=3, weight=-1)], normalise="running"),
+            falls=("reward/digits", 1.5),
+            paths=(),
+            run=ASKED,
+        ),
+    ],
     "flow_matching": [Case(falls=("loss", 0.9), learns=ANEW)],
     "flow_map": [
         Case(dict(loss="lsd", diagonal_fraction=0.5), falls=("loss", 0.9), learns=ANEW),
         Case(dict(loss="psd_u"), falls=("loss", 0.9), learns=ANEW, run=dict(gradient_accumulation_steps=2)),
         Case(dict(loss="esd", guidance_scale=2.0, jvp="func"), falls=("off_diagonal", 0.9), teacher=True),
         Case(dict(loss="psd_m", diagonal_fraction=0.25), falls=("off_diagonal", 0.7), teacher=True),
+    ],
+    "leapalign": [
+        Case(threes(), falls=("loss", 0.7), paths=(), run=ASKED),
+        Case(
+            threes(pairs="sample", leaps=3, similarity_weight=False, loss=dict(kind="hinge", threshold=-0.1)),
+            falls=("loss", 0.7),
+            paths=(),
+            run=ASKED | dict(gradient_accumulation_steps=2),
+        ),
+        Case(threes(form="joint", guidance_scale=2.0), falls=("loss", 0.7), paths=(), run=ASKED),
     ],
     "readout": [
         Case(
@@ -176,6 +229,10 @@ READY: dict[str, list[Case]] = {
     "scm": [
         Case(dict(tangent_warmup_steps=0), falls=("tangent", 0.95), teacher=True),
         Case(dict(jvp="finite_difference", learned_weight=False), falls=("tangent", 0.95)),
+    ],
+    "refl": [
+        Case(threes(), falls=("loss", 0.7), paths=(), run=ASKED),
+        Case(threes(first=1, last=2, recompute=True), falls=("loss", 0.7), paths=(), run=ASKED),
     ],
     "so_flow": [
         Case(dict(guidance_scale=2.0, guidance_mix=0.5), falls=("diagonal", 0.9), learns=ANEW),
