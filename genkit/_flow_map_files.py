@@ -18,7 +18,7 @@ CONFIG_NAME = "flow_map_config.json"
 EMBEDDER_NAME = "gap_embedder.safetensors"
 LORA_NAME = "pytorch_lora_weights.safetensors"
 NETWORK_NAME = "network.safetensors"
-_LORA_METADATA = "lora_adapter_metadata"  # Diffusers' key of the adapter's config in a LoRA file
+LORA_METADATA = "lora_adapter_metadata"  # Diffusers' key of the adapter's config in a LoRA file
 
 
 def save_flow_map(folder: str | Path, flow_map: TwoTime, *, adapter_name: str | None = None) -> Path:
@@ -113,15 +113,14 @@ def _prefix(network: Any) -> str:
 
 
 def save_lora_weights(folder: Path, network: Any, adapter_name: str) -> None:
-    """The LoRA of ``network`` as ``pytorch_lora_weights.safetensors``, in Diffusers' names, with its alpha."""
+    """The LoRA of ``network`` as ``pytorch_lora_weights.safetensors``, as Diffusers reads it, with its alpha."""
     from diffusers.loaders.lora_base import LoraBaseMixin
-    from diffusers.utils import convert_state_dict_to_diffusers
     from peft import get_peft_model_state_dict
 
     prefix = _prefix(network)
+    # In PEFT's names: Diffusers' older ones (lora.down) know no convolutions, and of a file with both kinds of names it
+    # would load these alone.
     layers = get_peft_model_state_dict(network, adapter_name=adapter_name)
-    if prefix == "unet":
-        layers = convert_state_dict_to_diffusers(layers)
     # Without this, a LoRA whose alpha is not its rank loads at another strength, silently.
     settings = {
         key: sorted(value) if isinstance(value, set) else value
@@ -159,16 +158,16 @@ def _load_lora(file: Path, network: Any, adapter_name: str) -> None:
                 f"{file}: found {key} of shape {tuple(value.shape)}, wanted {weight.shape[1]} inputs; it was trained "
                 f"on another {type(network).__name__}"
             )
-    if _LORA_METADATA not in header:
+    if LORA_METADATA not in header:
         raise ValueError(
-            f"{file}: its header has no {_LORA_METADATA}, so that lora_alpha is unknown; save it with genkit"
+            f"{file}: its header has no {LORA_METADATA}, so that lora_alpha is unknown; save it with genkit"
         )
     if hasattr(network, "load_lora_adapter"):
         network.load_lora_adapter(
             str(file.parent), prefix=prefix[:-1], weight_name=file.name, adapter_name=adapter_name
         )
         return
-    settings = {k.removeprefix(prefix): v for k, v in json.loads(header[_LORA_METADATA]).items()}
+    settings = {k.removeprefix(prefix): v for k, v in json.loads(header[LORA_METADATA]).items()}
     known = LoraConfig.__dataclass_fields__
     inject_adapter_in_model(LoraConfig(**{k: v for k, v in settings.items() if k in known}), network, adapter_name)
     layers = {key.removeprefix(prefix): value for key, value in tensors.items()}

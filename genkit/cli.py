@@ -15,6 +15,8 @@ app = typer.Typer(
 )
 evaluation = typer.Typer(help="Measure and compare generated images.", no_args_is_help=True)
 app.add_typer(evaluation, name="eval")
+adapters = typer.Typer(help="Scale and mix LoRAs after training.", no_args_is_help=True)
+app.add_typer(adapters, name="adapters")
 
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
 
@@ -206,6 +208,18 @@ def pairs(
         quiet=quiet,
     )
     typer.echo(folder)
+
+
+@adapters.command("mix")
+def mix(
+    adapter: Annotated[list[str], typer.Argument(help="FOLDER=WEIGHT; without a weight 1. Several are added up.")],
+    output: Annotated[Path, typer.Option(help="Folder for the result, which load_lora_weights takes.")],
+    scale: Annotated[float, typer.Option(help="Of the whole; 0 is the base model.")] = 1.0,
+) -> None:
+    """Add up the updates of several LoRAs, each with its weight, into one: exactly, by concatenating ranks."""
+    from genkit.adapters import mix_adapters, parse_adapter
+
+    typer.echo(mix_adapters([parse_adapter(text) for text in adapter], output, scale=scale))
 
 
 @evaluation.command("run")

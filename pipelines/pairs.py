@@ -140,7 +140,7 @@ def make_pairs(
     }
     sampler = _Sampler(pipe, steps, asked, given, extra, manifest)
     if scorer is not None:
-        sampler.scored_by(scorer.to(device))
+        sampler.scored_by(scorer.to(device), device)
     _open(output, manifest)
     sampler.check(output)
     missing = [k for k in range(shard_count(manifest)) if shard_record(output, manifest, k) is None]
@@ -167,9 +167,10 @@ class _Sampler:
         self.pipe, self.steps, self.asked, self.given, self.extra = pipe, steps, asked, given, extra
         self.manifest = manifest
         self.reward: Reward | None = None
+        self.device = "cpu"
 
-    def scored_by(self, reward: Reward) -> None:
-        """Samples are to be scored by ``reward``.
+    def scored_by(self, reward: Reward, device: str) -> None:
+        """Samples are to be scored by ``reward``, on ``device``.
 
         Raises:
             ValueError: it reads prompts where the network takes labels or the reverse, or cannot take such images.
@@ -180,7 +181,7 @@ class _Sampler:
                 f"reward={self.manifest['reward']['name']!r} reads {reward.takes}, and samples are made of "
                 f"{has or 'nothing'}; use a reward that does not"
             )
-        self.reward = reward
+        self.reward, self.device = reward, device
         reward.check_size(tuple(self._images(torch.zeros(1, *self.manifest["shape"])).shape[1:]))
 
     def __call__(self, items: range, stream: int = 0) -> Tensor:
@@ -210,8 +211,7 @@ class _Sampler:
     @torch.no_grad()
     def _images(self, x0: Tensor) -> Tensor:
         """What the pipeline decodes of ``x0``, on [0, 1]."""
-        pipe = self.pipe
-        x = x0.to(pipe._execution_device)
+        pipe, x = self.pipe, x0.to(self.device)
         if pipe.components.get("vae") is not None:
             x = decode(pipe.vae, x, upcast=is_xl(pipe.classic))
             pipe.maybe_free_model_hooks()

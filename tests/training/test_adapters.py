@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from genkit import load_flow_map
+from genkit._flow_map_files import LORA_NAME
+from genkit.adapters import mix_adapters
 from genkit.denoisers import TwoTime, from_pipeline
 from genkit.training import checkpoint
 from genkit.training.export import export
@@ -88,6 +91,16 @@ def test_genkit_s_own_network_takes_a_lora(toys, tmp_path):
     assert {n.split(".")[2] for n in trainer.roles["student"].parameters} == {"qkv", "proj"}
     toys.run(trainer)
     assert (export(trainer) / "pytorch_lora_weights.safetensors").is_file()
+
+
+def test_what_was_trained_can_be_mixed(toys, tmp_path):
+    changes = dict(adapter=dict(kind="lora", rank=2, alpha=6), max_train_steps=2, checkpointing_steps=2)
+    folder = export(toys.run(toys.digits(tmp_path / "run", **changes)))
+    mixed = load_file(mix_adapters([(folder, 0.5)], tmp_path / "mix") / LORA_NAME)
+    plain = load_file(folder / LORA_NAME)
+    ups = [key for key in plain if "lora_B" in key]
+    assert ups and plain.keys() == mixed.keys()
+    assert all(torch.allclose(mixed[k], 0.5 * 3 * plain[k]) for k in ups)
 
 
 def test_gradient_checkpointing_changes_no_gradient(base, toys, tmp_path):
