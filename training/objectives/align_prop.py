@@ -11,7 +11,7 @@ from genkit.training.objectives._reward import RewardObjective, RewardObjectiveC
 
 
 class NormalStart(BaseModel):
-    """A normal law, truncated to calls ``1 ... N - 1`` and rounded; ``mean`` and ``std`` are fractions of ``N``."""
+    """Call ``i`` of ``1 ... N - 1`` with weight ``exp(-(i / N - mean)^2 / (2 std^2))``: a truncated normal law."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     law: Literal["normal"] = "normal"
@@ -25,11 +25,9 @@ class NormalStart(BaseModel):
 
     def draw(self, rng: ItemRNG, calls: int) -> Tensor:
         """First calls with gradient, int64 ``(B,)``."""
-        edges = torch.tensor([0.5, calls - 0.5], dtype=torch.float64, device=rng.items.device)
-        low, high = torch.special.ndtr((edges / calls - self.mean) / self.std)
-        u = low + (high - low) * rng.uniform(dtype=torch.float64)
-        start = calls * (self.mean + self.std * torch.special.ndtri(u))
-        return start.round().clamp(1, calls - 1).long()
+        i = torch.arange(1, calls, dtype=torch.float64, device=rng.items.device)
+        below = (-(((i / calls - self.mean) / self.std) ** 2) / 2).softmax(0).cumsum(0)
+        return 1 + torch.searchsorted(below[:-1], rng.uniform(dtype=torch.float64))
 
 
 class UniformStart(BaseModel):
