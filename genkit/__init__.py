@@ -14,6 +14,7 @@ for _family in (
     "feynman_kac",
     "guidance",
     "networks",
+    "rewards",
     "schedulers",
     "testing",
     "pipelines",

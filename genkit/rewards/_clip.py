@@ -12,11 +12,11 @@ from genkit.rewards._preprocessing import Preprocessing
 from genkit.rewards.base import Prompts, Reward
 
 
-def load_clip(config: NetworkConfig) -> Any:
-    """transformers' ``CLIPModel`` of the settings."""
+def load_clip(config: NetworkConfig, dtype: torch.dtype | None = None) -> Any:
+    """transformers' ``CLIPModel`` of the settings, or in another ``dtype``."""
     from transformers import CLIPModel
 
-    return CLIPModel.from_pretrained(config.model, revision=config.revision, dtype=config.torch_dtype)
+    return CLIPModel.from_pretrained(config.model, revision=config.revision, dtype=dtype or config.torch_dtype)
 
 
 def preprocessing(config: NetworkConfig, size: int, **options: Any) -> Preprocessing:
@@ -50,6 +50,7 @@ class CLIPReward(Reward):
 
     Config = NetworkConfig
     takes = "prompts"
+    model: Any  # transformers' CLIPModel
 
     def __init__(self, **settings: Any):
         super().__init__(**settings)
@@ -67,7 +68,7 @@ class CLIPReward(Reward):
         """From images to the model's pixels, ``size`` wide and high."""
         return preprocessing(self.config, size)
 
-    def factor(self) -> Tensor | float:
+    def factor(self) -> float:
         """What the cosine is multiplied by."""
         return 1.0
 

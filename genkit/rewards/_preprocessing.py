@@ -130,7 +130,8 @@ def padded(images: Tensor, size: int, *, antialias: bool = True, quantise: bool 
     """
     images = images.expand(-1, 3, -1, -1)
     images = rounded(images) if quantise else images
-    target = fitted(*images.shape[-2:], size)
+    height, width = images.shape[-2:]
+    target = fitted(height, width, size)
     if images.shape[-2:] != target:
         images = F.interpolate(images, target, mode="bicubic", align_corners=False, antialias=antialias)
     down, right = (size - n for n in target)

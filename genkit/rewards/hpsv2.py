@@ -56,8 +56,9 @@ class HPSv2(CLIPReward):
         return partial(padded, size=size, antialias=self.config.antialias, quantise=self.config.quantise)
 
     def check_size(self, shape: tuple[int, ...]) -> None:
-        size = self.model.config.vision_config.image_size  # type: ignore[union-attr]  # of transformers
-        if min(fitted(*shape[-2:], size)) < 1:
+        size = self.model.config.vision_config.image_size
+        height, width = shape[-2:]
+        if min(fitted(height, width, size)) < 1:
             raise ValueError(
-                f"hpsv2: images of {tuple(shape[-2:])} pixels; nothing is left when the longer side is {size}"
+                f"hpsv2: images of {height} x {width} pixels; nothing is left when the longer side is {size}"
             )

@@ -46,6 +46,7 @@ class ImageReward(Reward):
     license = "Apache-2.0"
     weight: Tensor
     bias: Tensor
+    vision_model: Any  # transformers'
 
     def __init__(self, **settings: Any):
         super().__init__(**settings)
@@ -72,7 +73,7 @@ class ImageReward(Reward):
     def score(self, images: Tensor, prompts: Prompts | None) -> Tensor:
         options = dict(padding="max_length", truncation=True, max_length=_LENGTH, return_tensors="pt")
         tokens = self.tokenizer(list(prompts), **options).to(images.device)  # type: ignore[arg-type]  # takes = "prompts"
-        pixels = self.preprocess(images).to(self.vision_model.dtype)  # type: ignore[arg-type]  # of transformers
+        pixels = self.preprocess(images).to(self.vision_model.dtype)
         seen = self.vision_model(pixel_values=pixels).last_hidden_state
         read = self.text_model(
             input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, encoder_hidden_states=seen

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 
 from genkit.rewards._clip import CLIPReward, load_clip
 from genkit.rewards._loading import NetworkConfig
@@ -29,7 +30,9 @@ class PickScore(CLIPReward):
     def load(self) -> tuple[nn.Module, Any]:
         from transformers import AutoTokenizer
 
-        return load_clip(self.config), AutoTokenizer.from_pretrained(self.config.tokenizer)
+        model = load_clip(self.config, torch.float32)
+        self.logit_scale = model.logit_scale.exp().item()  # bfloat16 would make 98.9 of 100
+        return model.to(self.config.torch_dtype), AutoTokenizer.from_pretrained(self.config.tokenizer)
 
-    def factor(self) -> Tensor:
-        return self.model.logit_scale.float().exp()  # type: ignore[operator, union-attr]  # a parameter
+    def factor(self) -> float:
+        return self.logit_scale

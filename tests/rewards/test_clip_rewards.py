@@ -41,6 +41,10 @@ def test_pick_score_is_the_models_own_logit(settings, reward):
     torch.testing.assert_close(reward("pick_score")(IMAGES, TEXTS), logits, rtol=1e-4, atol=1e-4)
 
 
+def test_pick_score_is_not_scaled_otherwise_in_less_precision(reward):
+    assert reward("pick_score", dtype="bfloat16").factor() == reward("pick_score").factor()
+
+
 def test_long_texts_are_cut_and_still_end(reward):
     made = reward("clip_score")
     long = "x " * 500  # a token a letter
