@@ -125,7 +125,7 @@ def make_pairs(
         "guider": None if rule is None else _plain(rule),
         "arguments": {k: v for k, v in extra.items() if k != "guider"},
         "reward": None
-        if scorer is None
+        if reward is None or scorer is None
         else {"name": reward.partition(":")[0], **scorer.config.model_dump(mode="json")},
         "asked": {"as": given, "count": len(asked), "sha256": _sha256_of(asked)},
         "num_classes": _num_classes(pipe.network) if given == "class_labels" else None,

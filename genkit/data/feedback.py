@@ -24,7 +24,7 @@ class FeedbackConfig(SourceConfig):
             raise ValueError(
                 f"threshold={self.threshold} and low={self.low} to high={self.high} are two rules; set one"
             )
-        if self.low is not None and self.low >= self.high:
+        if self.low is not None and self.high is not None and self.low >= self.high:
             raise ValueError(f"low={self.low} must be below high={self.high}")
         return self
 

@@ -162,7 +162,7 @@ class Pairs(Source):
     def groups(self) -> list[Any] | None:
         """Their prompts or labels."""
         found = [_asked(self.folder, number, self.manifest["asked"]["as"]) for number in range(len(self.records))]
-        return None if found[0] is None else [value for shard in found for value in shard]
+        return None if found[0] is None else [value for shard in found for value in shard or ()]
 
     def _shard(self, number: int) -> "_Shard":
         return _opened(shard_paths(self.folder, number)[0], self.records[number]["sha256"])

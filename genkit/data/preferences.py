@@ -62,7 +62,7 @@ class Preferences(Source):
     def _pairs(self, members: list[int], scores: list[float]) -> list[tuple[int, int]]:
         """Records of preferred and rejected samples of a group."""
         order = sorted(members, key=lambda record: -scores[record])
-        pairs = []
+        pairs: list[tuple[int, int]] = []
         for win, lose in zip(order[: len(order) // 2], reversed(order), strict=False):
             apart = scores[win] > scores[lose]
             if self.config.threshold is not None:
