@@ -60,6 +60,7 @@ def settings(tmp_path_factory) -> dict[str, dict]:
         "classifier": dict(model=tiny.classifier(folder / "classifier"), wanted=1),
         "clip_score": dict(model=clip),
         "digits": {},
+        "thickness": {},
         "function": dict(path=f"{folder / 'mine.py'}:Net", differentiable=True, settings={"width": 4}),
         "hpsv2": dict(model=str(folder / "hps"), tokenizer=clip),
         "image_reward": dict(model=str(folder / "reward.safetensors"), tokenizer=bert),

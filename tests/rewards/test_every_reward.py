@@ -28,7 +28,7 @@ def pictures(name, seed=0):
 
 def test_all_are_here():
     networks = {"aesthetic", "classifier", "clip_score", "hpsv2", "image_reward", "pick_score"}
-    assert set(NETWORKS) == networks and set(NAMES) == networks | {"digits", "function", "jpeg"}
+    assert set(NETWORKS) == networks and set(NAMES) == networks | {"digits", "function", "jpeg", "thickness"}
 
 
 @pytest.mark.parametrize("name", NAMES)
