@@ -10,13 +10,15 @@ import torch
 from PIL import Image
 from torch import nn
 
-from genkit.denoisers import FunctionDenoiser
+from genkit.denoisers import FunctionDenoiser, from_pipeline
 from genkit.denoisers.base import Condition
 from genkit.interpolants import Linear, VariancePreserving
 from genkit.rng import ItemRNG
 from genkit.testing import tiny
+from genkit.training import logs
 from genkit.training.build import build
 from genkit.training.config import TrainConfig
+from genkit.training.export import export
 from genkit.training.objectives.base import Batch, DivergedError
 from genkit.training.objectives.diffusion_dpo import DiffusionDPO
 from genkit.training.objectives.dro import DRO
@@ -319,26 +321,47 @@ def test_settings_without_effect_are_refused(settings, text):
         DRO.Config(**settings)
 
 
-def test_on_a_text_to_image_pipeline(toys, tmp_path):
-    """Three updates of a LoRA of a U-Net on synthetic pairs; its file loads in Diffusers."""
-    base = tmp_path / "sd15"
-    tiny.pipeline("sd15").save_pretrained(base)
+PAIRED_DRO = dict(name="dro", form=dict(kind="softplus"), feedback=dict(kind="pairs"))
+UNPAIRED = dict(name="dro", feedback=dict(kind="scores", max_weight=1))
+
+
+@pytest.mark.parametrize(
+    "kind, objective, mixed_precision",
+    [
+        ("sd15", dict(name="diffusion_dpo"), "no"),
+        ("sdxl", dict(name="diffusion_dpo"), "bf16"),
+        ("sd3", UNPAIRED, "bf16"),
+        ("flux", PAIRED_DRO, "no"),
+    ],
+)
+def test_a_lora_of_every_architecture(kind, objective, mixed_precision, toys, tmp_path):
+    """Three updates from synthetic data; the file loads in Diffusers, and is the student."""
+    tiny.pipeline(kind).save_pretrained(tmp_path / "base")
+    fields = {"lose": dict(shape=(4, 16, 16)), "score": dict(high=2)}
     trainer = toys.digits(
         tmp_path / "run",
-        model=dict(pretrained=str(base)),
-        objective=dict(name="diffusion_dpo", beta=2000.0),
-        data=dict(name="synthetic", shape=(4, 16, 16), prompts=True, fields={"lose": dict(shape=(4, 16, 16))}),
+        model=dict(pretrained=str(tmp_path / "base")),
+        objective=objective,
+        data=dict(name="synthetic", shape=(4, 16, 16), prompts=True, fields=fields),
         adapter=dict(kind="lora", rank=2, alpha=4),
+        mixed_precision=mixed_precision,
+        lr_warmup_steps=0,
         global_batch_size=2,
         max_train_steps=3,
         checkpointing_steps=3,
+        logging_steps=1,
     )
     toys.run(trainer)
-    from genkit.training.export import export
-
-    pipe = tiny.pipeline("sd15")
+    first, *_, last = logs.read(tmp_path / "run" / logs.FILE)
+    assert abs(first["rise_w"]) == 0 and last["rise_w"] != 0  # also in bf16: the same kernels on the same weights
+    pipe = tiny.pipeline(kind)
     pipe.load_lora_weights(export(trainer))
-    assert pipe.get_list_adapters()["unet"]
+    ours = from_pipeline(pipe)
+    with trainer.averaged(), torch.no_grad():
+        x, t = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)), torch.tensor([0.6])
+        condition = ours.encode(pipe, prompt=["a cat"])
+        student = trainer.run.student(x, t, condition).velocity
+        torch.testing.assert_close(ours(x, t, condition).velocity, student, rtol=0, atol=1e-5)
 
 
 def test_pictures_of_both_are_encoded(toys, tmp_path):
