@@ -1,9 +1,9 @@
 """How near strategies of reward fine-tuning come to the gradient through the whole sampler.
 
-A flow to 8 Gaussians in the plane, 25 Euler steps, and a reward that is high at one of them. Noise, trajectories and the
-calls at which LeapAlign's leaps begin are shared by all; the mean over 192 batches of 64 is compared with that of full
-DRaFT over the same. ``noise / signal`` is the root mean square distance of a batch's gradient from the mean one over
-the latter's norm. DRaFT-1 is not above DRaFT-5 by more than 0.02; DRaFT-5 is 0.08 and more below LeapAlign with
+A flow to 8 Gaussians in the plane, 25 Euler steps, and a reward that is high at one of them. Noise, trajectories and
+the calls at which LeapAlign's leaps begin are shared by all; means over 192 batches of 64 are compared with that of
+full DRaFT over the same. ``noise / signal`` is the root mean square distance of a batch's gradient from the mean one
+over the latter's norm. DRaFT-1 is not above DRaFT-5 by more than 0.02; DRaFT-5 is 0.08 and more below LeapAlign with
 ``grad_discount=0.3``; and what LeapAlign leaves of the nested term counts, 0 < 0.3 < 1 < full.
 """
 

@@ -21,6 +21,11 @@ def test_a_file(tmp_path):
         data.make("prompts", file=file)
     with pytest.raises(FileNotFoundError, match="data.file='nowhere.txt' is not a file"):
         data.make("prompts", file="nowhere.txt")
+    file.write_bytes("un été\n".encode("latin-1"))
+    with pytest.raises(ValueError, match="prompts.txt' is not UTF-8"):
+        data.make("prompts", file=file)
+    file.write_bytes(b"\xef\xbb\xbfa cat\n")  # a byte order mark is no part of the first prompt
+    assert data.make("prompts", file=file).__getitems__([0])["prompts"] == ["a cat"]
 
 
 def test_labels():

@@ -124,7 +124,8 @@ class From(ItemRNG):
 
 def vp(prediction_type="epsilon"):
     """A scheduler of Diffusers on the path of Stable Diffusion."""
-    return DDIMScheduler(clip_sample=False, prediction_type=prediction_type, beta_schedule="scaled_linear")
+    settings = dict(beta_schedule="scaled_linear", timestep_spacing="leading")
+    return DDIMScheduler(clip_sample=False, prediction_type=prediction_type, **settings)
 
 
 def objective(

@@ -113,9 +113,10 @@ class Judge(nn.Module):
             for rows in _slices(len(latents), self.micro_batch)
         ]
         seen = {key: torch.cat([part[2][key] for part in parts]) for key in parts[0][2]}
-        kept = seen.pop("kept") > 0
+        kept, pictures = seen.pop("kept") > 0, seen.pop("pictures")
         seen = {key: value.double().where(kept, math.nan) for key, value in seen.items()}
         if watch:
+            seen["diversity"] = diversity(pictures, prompts)
             self.reward.note({key: seen[key] for key in self.reward.components})
             self.trends.note(torch.stack([seen[key] for key in ("reward", *self.held_out)], 1))
         rewards_by_name = {*self.reward.components, *self.held_out}
@@ -157,13 +158,13 @@ class Judge(nn.Module):
             (gradient,) = torch.autograd.grad(loss.sum(), z)
         # Rows are judged each by itself, so that one that is not finite spoils no other.
         kept = finite & total.detach().isfinite() & gradient.isfinite().flatten(1).all(1)
-        seen = {"reward": total.detach(), "kept": kept} | {key: r.detach() for key, r in components.items()}
+        seen = {"reward": total.detach(), "kept": kept, "pictures": cut.detach()}
+        seen |= {key: r.detach() for key, r in components.items()}
         if self.loss.kind == "hinge":
             seen["hinge_active"] = (loss.detach() > 0).to(loss.dtype)
         if watch:
             with torch.no_grad():
                 seen |= {key: reward(cut.detach(), prompts) for key, reward in self.held_out.items()}
-                seen["diversity"] = diversity(cut.detach(), prompts)
         return loss.detach().where(kept, 0.0), gradient.where(like(kept, gradient), 0.0), seen
 
 
