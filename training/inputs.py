@@ -11,7 +11,6 @@ from genkit.denoisers import TwoTime
 from genkit.denoisers.base import Condition, Denoiser
 from genkit.denoisers.flux import Flux
 from genkit.latents import compression
-from genkit.latents import compression
 from genkit.rewards.base import Prompts
 from genkit.rng import ItemRNG, hash_seed
 from genkit.training.adapters import base_network
@@ -56,14 +55,6 @@ class Inputs:
             got = "no classes" if source.num_classes is None else f"{source.num_classes} classes"
             raise ValueError(f"data={self.name} gives {got}, the model takes class labels 0 to {self.labels - 1}")
         self._null_label = student.encode(pipe, class_labels=[0]).null_values if self.labels else None  # type: ignore
-
-    @property
-    def sample_shape(self) -> tuple[int, ...] | None:
-        """Shape of the network's samples, where it is known before any are read."""
-        if self.given is None or self.vae is None:
-            return self.given or self.shape
-        factor = compression(self.vae)
-        return (self.vae.config.latent_channels, *(side // factor for side in self.given[1:]))
 
     @property
     def sample_shape(self) -> tuple[int, ...] | None:
