@@ -24,14 +24,15 @@ class Health:
         self._alarms_in_a_row = 0
 
     def gradient_norm(self, step: int, role: str, norm: float) -> str | None:
-        """The alarm of a norm far above the median of the last hundred."""
+        """The alarm of a norm far above the median of the last hundred that were not 0, as a hinge's are once it holds."""
         history = self._norms.setdefault(role, deque(maxlen=_HISTORY))
         usual = median(history) if len(history) >= _LEAST else None
-        history.append(norm)
+        if norm:
+            history.append(norm)
         if usual is None or norm <= self.settings.grad_norm_spike * usual:
             return None
-        ratio = norm / usual if usual else float("inf")
-        return f"step {step}: gradient norm of {role} is {norm:.3g}, {ratio:.0f} times its running median {usual:.3g}"
+        times = f"{norm / usual:.0f} times its running median {usual:.3g}"
+        return f"step {step}: gradient norm of {role} is {norm:.3g}, {times}"
 
     def samples(self, step: int, samples: Tensor, data: Tensor | None) -> tuple[dict[str, float], list[str]]:
         """Measures of ``samples`` ``(B, ...)`` beside ``data`` ``(B, ...)``, where there is any, and alarms.
