@@ -24,7 +24,7 @@ class Health:
         self._alarms_in_a_row = 0
 
     def gradient_norm(self, step: int, role: str, norm: float) -> str | None:
-        """The alarm of a norm far above the median of the last hundred that were not 0, as a hinge's are once it holds."""
+        """The alarm of a norm far above the median of the last hundred; steps without gradient do not count."""
         history = self._norms.setdefault(role, deque(maxlen=_HISTORY))
         usual = median(history) if len(history) >= _LEAST else None
         if norm:
