@@ -8,8 +8,12 @@ from diffusers import DDIMScheduler
 from pydantic import ValidationError
 from torch.func import functional_call
 
+from genkit.denoisers import from_pipeline
 from genkit.denoisers.base import Condition
 from genkit.rng import ItemRNG
+from genkit.testing import tiny
+from genkit.training.build import build
+from genkit.training.config import TrainConfig
 from genkit.training.objectives._reward import shared
 from genkit.training.objectives.align_prop import AlignProp, NormalStart
 from genkit.training.objectives.draft import DRaFT
@@ -373,10 +377,40 @@ def test_epsilon_at_pure_noise_is_refused_before_training():
         objective(DRaFT, kind="epsilon", scheduler=scheduler).check_shape((1, 2, 2))
 
 
-def test_the_pictures_size_is_told_before_training():
-    made = objective(DRaFT)
-    made.pipe.components.clear()
-    shapes = []
-    made.judge.reward.components["parabola"].check_size = shapes.append
-    made.check_shape((1, 2, 2))
-    assert shapes == [(1, 2, 2)]
+@pytest.mark.parametrize("name, shape, picture", [("sd15", (4, 8, 8), (3, 16, 16)), ("dit", (4, 8, 8), (3, 16, 16))])
+def test_the_size_of_decoded_pictures_is_told_before_training(name, shape, picture):
+    pipe, told = tiny.pipeline(name), []
+    made = DRaFT.make(DRaFT.Config(rewards=[named("parabola")], num_inference_steps=2), from_pipeline(pipe), None, pipe)
+    made.judge.reward.components["parabola"].check_size = told.append
+    made.check_shape(shape)
+    with torch.no_grad():
+        decoded = pipe.vae.decode(torch.zeros(1, *shape)).sample
+    assert told == [picture] == [tuple(decoded.shape[1:])]
+
+
+def test_a_size_that_a_reward_cannot_take_is_refused_when_the_run_is_built(toys, tmp_path):
+    settings = toys.settings(
+        tmp_path,
+        model=dict(network="dit", sample_size=16, hidden_size=16, num_layers=1, num_heads=2, num_classes=10),
+        objective=dict(name="draft", rewards=[dict(name="digits", wanted=3)]),
+        data=dict(name="prompts", num_classes=10),
+    )
+    with pytest.raises(ValueError, match=r"reward digits: images of shape \(1, 16, 16\); accepted .* \(1, 8, 8\)"):
+        build(TrainConfig(**settings))
+
+
+@every
+def test_a_reward_that_is_not_a_number_takes_part_in_nothing(cls, settings):
+    """Its sample counts in the batch, with gradient 0."""
+    keep = torch.tensor([0, 2, 3])
+    made = objective(cls, reward=named("spoilt", above=15.0), **settings)
+    whole = gradient(made, batch(4), ItemRNG(1, range(4)))
+    far, shown = torch.tensor([0, 1e4, 0, 0], dtype=F64).view(-1, 1, 1, 1), made.judge.forward
+    made.judge.forward = lambda x, *args, **kwargs: shown(x + far, *args, **kwargs)
+    got = gradient(made, batch(4), ItemRNG(1, range(4)))
+    made.judge.forward = shown
+    part = batch(3)
+    part.index = keep
+    others = gradient(made, part, ItemRNG(1, keep))
+    torch.testing.assert_close(got, 3 / 4 * others, rtol=1e-10, atol=1e-13)
+    assert not torch.equal(got, whole)

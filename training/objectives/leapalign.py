@@ -67,7 +67,7 @@ class LeapAlign(RewardObjective):
         return (Phase("student", trains=("student",), backwards=self.config.leaps if sequential else 1),)
 
     @property
-    def recomputes(self) -> bool:
+    def recomputes(self) -> bool:  # type: ignore[override]
         return self.config.form == "joint"  # where one call is alive there is nothing to save
 
     def estimate(self, run, x, batch, rng):
@@ -89,6 +89,7 @@ class LeapAlign(RewardObjective):
                 for m, (state, raw) in enumerate(zip(states, raws, strict=True))
             ]
         loss, gradient, logs = self._weighed(run, x, [*states[1:], x], landed, batch)
+        del x, prediction, raws, landed  # not to be held beside the network calls
         states = [state.where(like(state.isfinite().flatten(1).all(1), state), 0.0) for state in states]
         for m in reversed(range(points.shape[1])):
             passes = m > 0
@@ -101,15 +102,16 @@ class LeapAlign(RewardObjective):
             scale = loss.new_zeros(()).requires_grad_(passes)
             yield Loss(made.value + scale, made.logs)
             if passes:
-                gradient = state.grad
-                if seen.grad is not None:
-                    gradient = gradient + self.config.grad_discount * seen.grad
-                gradient = gradient / scale.grad
+                assert state.grad is not None and scale.grad is not None  # the backward has been
+                through = 0.0 if seen.grad is None else self.config.grad_discount * seen.grad
+                gradient = (state.grad + through) / scale.grad
             loss, logs = torch.zeros_like(loss), {}
 
     def _joint(self, run: Rollout, x: Tensor, points: Tensor, batch: Batch) -> Iterator[Loss]:
         calls = points[0].tolist()
-        states, landed, state = [], [], x
+        states: list[Tensor] = []
+        landed: list[Tensor] = []
+        state = x
         for i in range(len(run)):
             with torch.set_grad_enabled(i in calls):
                 if i in calls:
