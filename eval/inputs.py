@@ -2,7 +2,7 @@
 
 import json
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,12 +20,15 @@ MODES = {"1": "L", "L": "L", "P": "RGB", "RGB": "RGB"}
 
 @dataclass(frozen=True)
 class ImageSet:
-    """n images of one size: ``load(indices)`` gives uint8 ``(B, C, H, W)``, ``labels`` is ``(n,)`` where known."""
+    """n images of one size: ``load(indices)`` gives uint8 ``(B, C, H, W)``; ``labels`` ``(n,)`` and ``prompts``, n
+    texts, are what they were asked for, where known.
+    """
 
     name: str
     n: int
     load: Callable[[Tensor], Tensor]
     labels: Tensor | None = None
+    prompts: Sequence[str] | None = None
 
     def batches(self, batch_size: int) -> Iterator[Tensor]:
         for indices in torch.arange(self.n).split(batch_size):
@@ -33,7 +36,8 @@ class ImageSet:
 
     def subset(self, indices: Tensor) -> "ImageSet":
         labels = None if self.labels is None else self.labels[indices]
-        return ImageSet(self.name, len(indices), lambda chosen: self.load(indices[chosen]), labels)
+        prompts = None if self.prompts is None else [self.prompts[i] for i in indices.tolist()]
+        return ImageSet(self.name, len(indices), lambda chosen: self.load(indices[chosen]), labels, prompts)
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -49,7 +53,7 @@ def read_images(source: "ImageSet | Source | Tensor | tuple[Tensor, Tensor] | st
     """Images from ``source``.
 
     ``source`` is uint8 ``(n, C, H, W)``; a pair of that and labels ``(n,)``; a folder, whose ``metadata.jsonl`` names
-    images and labels by ``file_name`` and ``label``, or without one all its images, labels from sub-folders; a ``.npz``
+    images, labels and prompts by ``file_name``, ``label`` and ``text``, or without one all its images, labels from sub-folders; a ``.npz``
     with ``arr_0`` or ``images``, and labels in ``arr_1`` or ``labels``; a finite source of ``genkit.data``; or the word
     ``"digits"``, the 1,797 embedded ones.
 
@@ -137,7 +141,8 @@ def _from_folder(folder: Path) -> ImageSet:
     def load(indices: Tensor) -> Tensor:
         return torch.stack([_decode(files[i], mode) for i in indices.tolist()])
 
-    return ImageSet(folder.name, len(files), load, _folder_labels(folder, files, rows))
+    labels, prompts = _folder_labels(folder, files, rows), _folder_prompts(folder, rows)
+    return ImageSet(folder.name, len(files), load, labels, prompts)
 
 
 def _kind(path: Path) -> tuple[str, int, int]:
@@ -187,3 +192,14 @@ def _folder_labels(folder: Path, files: list[Path], rows: list[dict]) -> Tensor 
     names = sorted(set(classes))
     numbers = {name: int(name) if all(n.isdecimal() for n in names) else i for i, name in enumerate(names)}
     return torch.tensor([numbers[name] for name in classes])
+
+
+def _folder_prompts(folder: Path, rows: list[dict]) -> list[str] | None:
+    """The texts of ``metadata.jsonl``, in the order of its images."""
+    listed = [row for row in rows if "file_name" in row]
+    absent = [row["file_name"] for row in listed if "text" not in row]
+    if len(absent) == len(listed):
+        return None
+    if absent:
+        raise ValueError(f"{folder / 'metadata.jsonl'}: no text for {absent[0]} ({len(absent)} images lack one)")
+    return [str(row["text"]) for row in listed]

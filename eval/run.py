@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 import genkit
 from genkit.eval.extractors.base import Extractor, extract, get_extractor
 from genkit.eval.inputs import ImageSet, read_images
-from genkit.eval.metrics.base import FeatureSet, Metric, all_metrics, get_metric, metric_name
+from genkit.eval.metrics.base import FeatureSet, Metric, all_metrics, get_metric
 from genkit.eval.result import Protocol, Result
 from genkit.eval.statistics import FeatureStats, is_statistics
 from genkit.rng import hash_seed
@@ -42,7 +42,12 @@ def measure(
             bar.update(len(out.features))
     stats.meta = {"extractor": extractor.id, "source": images.name}
     return FeatureSet(
-        stats, torch.cat(features) if keep else None, torch.cat(logits) if logits else None, images.labels
+        stats,
+        torch.cat(features) if keep else None,
+        torch.cat(logits) if logits else None,
+        images.labels,
+        images,
+        images.prompts,
     )
 
 
@@ -65,7 +70,7 @@ def evaluate(
         reference: images as ``inputs.read_images`` takes them, ``FeatureStats`` or their ``.npz``, a ``FeatureSet`` of
             ``measure`` (to measure the reference once for many generated sets), or None for metrics that need none.
         generated: the same, except None.
-        metrics: names or ``Metric`` objects; None for every metric that these inputs allow.
+        metrics: names or ``Metric`` objects; None for every default metric that these inputs allow.
         extractor: a name or an ``Extractor``.
         n: use only this many images of each side, drawn at random with ``seed``.
         nfe: network calls spent on each generated image, to be recorded.
@@ -86,6 +91,8 @@ def evaluate(
         for role, source in (("reference", reference), ("generated", generated))
     ]
     chosen = _possible(metrics, *(_fields(source, extractor) for source in sources))
+    if n is not None and any(metric.paired for metric in chosen):
+        raise ValueError(f"n={n}: the sides are drawn apart, but a metric pairs image i with image i; accepted is None")
     keeps = [
         any("features" in reads for reads in needs)
         for needs in ([m.reads_reference for m in chosen], [m.reads_generated for m in chosen])
@@ -102,14 +109,17 @@ def evaluate(
     assert fake is not None
     values: dict[str, float] = {}
     for metric in chosen:
-        values |= metric(real, fake)
+        new = metric(real, fake)
+        if both := values.keys() & new:
+            raise ValueError(f"metrics: {metric.name!r} and another one both give {sorted(both)}")
+        values |= new
     protocol = Protocol(
         extractor=extractor.id,
         reference=None if real is None else str(real.stats.meta.get("source", "statistics")),
         generated=str(fake.stats.meta.get("source", "statistics")),
         n_real=None if real is None else real.stats.n,
         n_gen=fake.stats.n,
-        metrics={metric_name(metric): dict(vars(metric)) for metric in chosen},
+        metrics={metric.name: metric.settings for metric in chosen},
         seed=seed,
         device=str(device),
         versions={
@@ -161,27 +171,35 @@ def _fields(source: ImageSet | FeatureSet | None, extractor: Extractor) -> set[s
         return set()
     if isinstance(source, FeatureSet):
         return source.fields
-    known = {"stats": True, "features": True, "logits": extractor.num_classes, "labels": source.labels is not None}
+    known = {
+        "stats": extractor.dim,
+        "features": extractor.dim,
+        "logits": extractor.num_classes,
+        "labels": source.labels is not None,
+        "images": True,
+        "prompts": source.prompts is not None,
+    }
     return {field for field, there in known.items() if there}
 
 
 def _possible(metrics: Sequence[str | Metric] | None, reference: set[str], generated: set[str]) -> list[Metric]:
-    """The metrics asked for, or if None all that the fields of both sides allow."""
+    """The metrics asked for, or if None all default ones that the fields of both sides allow."""
     possible = [metric for metric in all_metrics() if not metric.missing(reference, generated)]
-    names = ", ".join(map(metric_name, possible)) or "none"
+    names = ", ".join(metric.name for metric in possible) or "none"
     if metrics is None:
-        if not possible:
-            raise ValueError("no metric is possible with these inputs")
-        return possible
+        usual = [metric for metric in possible if metric.by_default]
+        if not usual:
+            raise ValueError(f"no default metric is possible with these inputs. Possible here: {names}.")
+        return usual
     chosen = [get_metric(metric) for metric in metrics]
     if not chosen:
         raise ValueError(f"metrics is empty. Possible here: {names}.")
     for i, metric in enumerate(chosen):
         missing = metric.missing(reference, generated)
         if missing:
-            raise ValueError(f"metrics: {metric_name(metric)!r} needs {', '.join(missing)}. Possible here: {names}.")
-        if metric_name(metric) in map(metric_name, chosen[:i]):
-            raise ValueError(f"metrics: {metric_name(metric)!r} is named twice")
+            raise ValueError(f"metrics: {metric.name!r} needs {', '.join(missing)}. Possible here: {names}.")
+        if metric.name in [other.name for other in chosen[:i]]:
+            raise ValueError(f"metrics: {metric.name!r} is named twice")
     return chosen
 
 

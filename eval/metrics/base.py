@@ -1,12 +1,13 @@
 """What a metric is: a function of a generated set, and mostly of a reference set, that declares what it reads."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
+from genkit.eval.inputs import ImageSet
 from genkit.eval.statistics import FeatureStats
 from genkit.registry import lookup, members
 
@@ -18,13 +19,16 @@ class FeatureSet:
     """What is known of one set of n images.
 
     ``features`` ``(n, d)`` and ``logits`` ``(n, K)`` as the extractor gave them; ``labels`` ``(n,)`` the classes the
-    images were asked for. Saved statistics have none of the three.
+    images were asked for, ``prompts`` the n texts; ``images`` the images themselves, read when asked for. Saved
+    statistics have none of these.
     """
 
     stats: FeatureStats
     features: Tensor | None = None
     logits: Tensor | None = None
     labels: Tensor | None = None
+    images: ImageSet | None = None
+    prompts: Sequence[str] | None = None
 
     @property
     def fields(self) -> set[str]:
@@ -39,18 +43,39 @@ class FeatureSet:
         stats = FeatureStats(features.shape[1]).update(features)
         stats.meta = dict(self.stats.meta)
         logits, labels = (None if rows is None else rows[indices] for rows in (self.logits, self.labels))
-        return FeatureSet(stats, features, logits, labels)
+        images = None if self.images is None else self.images.subset(indices)
+        prompts = None if self.prompts is None else [self.prompts[i] for i in indices.tolist()]
+        return FeatureSet(stats, features, logits, labels, images, prompts)
 
 
 class Metric(ABC):
     """A named measurement; constructor arguments are its settings, kept as attributes and recorded in results.
 
-    ``reads_reference`` and ``reads_generated`` list the fields of ``FeatureSet`` that a metric needs of each side; a
-    metric that reads nothing of the reference needs none. Randomness, if any, comes from a private generator.
+    Randomness, if any, comes from a private generator.
+
+    Attributes:
+        reads_reference, reads_generated: the fields of ``FeatureSet`` that a metric needs of each side; one that reads
+            nothing of the reference needs none.
+        paired: whether it compares row i with row i.
+        by_default: whether it is among those that are computed where none are named.
+        argument: the one setting without default, where there is one: the metric is then named ``file:value``.
     """
 
-    reads_reference: ClassVar[tuple[str, ...]] = ("stats",)
-    reads_generated: ClassVar[tuple[str, ...]] = ("stats",)
+    reads_reference: tuple[str, ...] = ("stats",)
+    reads_generated: tuple[str, ...] = ("stats",)
+    paired: ClassVar[bool] = False
+    by_default: ClassVar[bool] = True
+    argument: ClassVar[str | None] = None
+
+    @property
+    def name(self) -> str:
+        """What results call it: the name of the file it is defined in."""
+        return type(self).__module__.rpartition(".")[2]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides its values: the attributes that the constructor made, without those that begin with ``_``."""
+        return {k: v for k, v in vars(self).items() if not k.startswith("_") and not hasattr(type(self), k)}
 
     @abstractmethod
     def __call__(self, reference: FeatureSet | None, generated: FeatureSet) -> dict[str, float]:
@@ -63,17 +88,23 @@ class Metric(ABC):
 
 
 def get_metric(metric: "str | Metric") -> Metric:
-    """A metric as it is, or with default settings the one whose file in ``eval/metrics`` bears this name."""
+    """A metric as it is, or with default settings the one whose file in ``eval/metrics`` bears this name.
+
+    A metric that cannot do without an argument takes it after a colon: ``reward:clip_score``.
+
+    Raises:
+        ValueError: there is none of this name; an argument is missing, or given where none is taken.
+    """
     if isinstance(metric, Metric):
         return metric
-    return lookup(PACKAGE, Metric, metric, setting="metrics")()
-
-
-def metric_name(metric: Metric) -> str:
-    """The name of the file the metric is defined in."""
-    return type(metric).__module__.rpartition(".")[2]
+    name, colon, value = metric.partition(":")
+    cls = lookup(PACKAGE, Metric, name, setting="metrics")
+    if bool(value) != bool(cls.argument) or bool(colon) != bool(value):
+        accepted = f"{name}:{cls.argument.upper()}" if cls.argument else name
+        raise ValueError(f"metrics={metric!r}: accepted is {accepted!r}")
+    return cls(**{cls.argument: value}) if cls.argument else cls()
 
 
 def all_metrics() -> list[Metric]:
-    """Every metric there is, with default settings."""
-    return [cls() for cls in members(PACKAGE, Metric).values()]
+    """Every metric that needs no argument, with default settings."""
+    return [cls() for cls in members(PACKAGE, Metric).values() if not cls.argument]

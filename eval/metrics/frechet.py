@@ -1,10 +1,12 @@
 """Frechet distance between Gaussian fits of two feature sets (FID, with whichever features)."""
 
 import warnings
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from genkit.eval.metrics._rows import checked
 from genkit.eval.metrics.base import FeatureSet, Metric
 from genkit.eval.statistics import FeatureStats
 
@@ -14,7 +16,7 @@ def frechet_distance(reference: FeatureStats | Tensor, generated: FeatureStats |
 
     ``mu`` and ``S`` (divided by n - 1) are those of the features, given as ``FeatureStats`` or as rows ``(n, d)``.
     Rows give the same value, much faster when n < d. FD is biased upwards by about (2d + d(d+1)/2) / n for two sets of
-    n: compare only values of equal n.
+    n: compare only values of equal n. A set of n < d is warned of.
 
     Raises:
         ValueError: n < 2, unequal d, rows not finite.
@@ -26,29 +28,51 @@ def frechet_distance(reference: FeatureStats | Tensor, generated: FeatureStats |
 
 def frechet_raw(reference: FeatureStats | Tensor, generated: FeatureStats | Tensor) -> float:
     """The same before clamping at 0: a clearly negative value would show lost digits."""
-    sets = (reference, generated)
-    x, y = (s if isinstance(s, FeatureStats) else FeatureStats(s.shape[-1]).update(s) for s in sets)
-    if x.dim != y.dim:
-        raise ValueError(f"the reference has {x.dim} feature dimensions, the generated set {y.dim}")
-    cov_x, cov_y = x.covariance, y.covariance
-    for name, stats in (("reference", x), ("generated", y)):
-        if stats.n is not None and stats.n < stats.dim:
-            text = (
-                f"{name} set: n={stats.n} < d={stats.dim}, its covariance is rank deficient and the distance inflated"
-            )
-            warnings.warn(text, stacklevel=2)
-    if isinstance(reference, Tensor) and isinstance(generated, Tensor) and max(len(reference), len(generated)) < x.dim:
-        trace = _sqrt_trace_of_rows(reference, generated)
+    x, y = _gaussian("reference", reference), _gaussian("generated", generated)
+    if len(x.mean) != len(y.mean):
+        raise ValueError(f"the reference has {len(x.mean)} feature dimensions, the generated set {len(y.mean)}")
+    return float((x.mean - y.mean).square().sum() + x.trace + y.trace - 2 * _sqrt_trace(x, y))
+
+
+class _Gaussian(NamedTuple):
+    """``factor`` F with S = F^T F, fewer rows than columns, or if there are too many rows for that ``covariance`` S."""
+
+    mean: Tensor
+    trace: Tensor
+    factor: Tensor | None
+    covariance: Tensor | None
+
+
+def _gaussian(side: str, given: FeatureStats | Tensor) -> _Gaussian:
+    rows = None if isinstance(given, FeatureStats) else checked(side, given, 2, "a covariance")
+    n, d = (given.n, given.dim) if isinstance(given, FeatureStats) else given.shape
+    if n is not None and n < d:
+        text = f"{side} set: n={n} < d={d}, its covariance is rank deficient and the distance inflated"
+        warnings.warn(text, stacklevel=4)
+    if rows is not None and len(rows) < d:
+        factor = (rows - rows.mean(0)) / (len(rows) - 1) ** 0.5
+        return _Gaussian(rows.mean(0), factor.square().sum(), factor, None)
+    stats = given if isinstance(given, FeatureStats) else FeatureStats(d).update(given)
+    return _Gaussian(stats.mean, stats.covariance.trace(), None, stats.covariance)
+
+
+def _sqrt_trace(x: _Gaussian, y: _Gaussian) -> Tensor:
+    """tr (S_x S_y)^{1/2}, the sum of roots of eigenvalues that are those of a symmetric matrix.
+
+    Of factors G, F it is the nuclear norm of G F^T, n x m; of one factor and a covariance the matrix is F S F^T, n x n;
+    of two covariances A S_y A with A = S_x^{1/2}, d x d. Exact all three, and real.
+    """
+    if x.factor is not None and y.factor is not None:
+        return torch.linalg.matrix_norm(x.factor @ y.factor.T, "nuc")
+    if x.factor is None and y.factor is None:
+        assert x.covariance is not None and y.covariance is not None
+        values, vectors = torch.linalg.eigh(x.covariance)
+        half, middle = (vectors * _cut(values).sqrt()) @ vectors.T, y.covariance
     else:
-        trace = _sqrt_trace(cov_x, cov_y)
-    return float((x.mean - y.mean).square().sum() + cov_x.trace() + cov_y.trace() - 2 * trace)
-
-
-def _sqrt_trace(cov_x: Tensor, cov_y: Tensor) -> Tensor:
-    """tr (S_x S_y)^{1/2} as tr (A S_y A)^{1/2}, A = S_x^{1/2}: symmetric, so real and non-negative."""
-    values, vectors = torch.linalg.eigh(cov_x)
-    root = (vectors * _cut(values).sqrt()) @ vectors.T
-    return _cut(torch.linalg.eigvalsh(root @ cov_y @ root)).sqrt().sum()
+        few, many = (x, y) if x.factor is not None else (y, x)
+        assert few.factor is not None and many.covariance is not None
+        half, middle = few.factor, many.covariance
+    return _cut(torch.linalg.eigvalsh(half @ middle @ half.T)).sqrt().sum()
 
 
 def _cut(eigenvalues: Tensor) -> Tensor:
@@ -57,18 +81,16 @@ def _cut(eigenvalues: Tensor) -> Tensor:
     return torch.where(eigenvalues > floor, eigenvalues, 0.0)
 
 
-def _sqrt_trace_of_rows(x: Tensor, y: Tensor) -> Tensor:
-    """The same from centred rows, n < d: the nuclear norm of X Y^T / sqrt((n - 1)(m - 1)), an n x m matrix."""
-    x, y = (rows.detach().to("cpu", torch.float64) for rows in (x, y))
-    x, y = x - x.mean(0), y - y.mean(0)
-    return torch.linalg.matrix_norm(x @ y.T, "nuc") / ((len(x) - 1) * (len(y) - 1)) ** 0.5
-
-
 class FrechetDistance(Metric):
     """``frechet_distance`` and, for debugging, ``frechet_raw``; lower is better."""
 
     def __call__(self, reference: FeatureSet | None, generated: FeatureSet) -> dict[str, float]:
         assert reference is not None
-        x, y = reference.features, generated.features
-        raw = frechet_raw(reference.stats, generated.stats) if x is None or y is None else frechet_raw(x, y)
+        raw = frechet_raw(_shorter(reference), _shorter(generated))
         return {"frechet_distance": max(raw, 0.0), "frechet_raw": raw}
+
+
+def _shorter(side: FeatureSet) -> FeatureStats | Tensor:
+    """Few rows where they are known, rather than their statistics."""
+    rows = side.features
+    return side.stats if rows is None or len(rows) >= side.stats.dim else rows

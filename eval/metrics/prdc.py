@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from genkit.eval.metrics._rows import checked_pair
 from genkit.eval.metrics.base import FeatureSet, Metric
 
 
@@ -35,14 +36,10 @@ def prdc(reference: Tensor, generated: Tensor, *, pr_k: int = 3, dc_k: int = 5, 
     1904.06991, eq. 1-2; Naeem et al., "Reliable Fidelity and Diversity Metrics for Generative Models", arXiv
     2002.09797, eq. 3-4.
     """
-    x, y = (rows.detach().to("cpu", torch.float64) for rows in (reference, generated))
-    if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1]:
-        raise ValueError(f"features must be (n, d) and (m, d), got {tuple(x.shape)} and {tuple(y.shape)}")
-    for name, rows in (("reference", x), ("generated", y)):
-        if len(rows) <= max(pr_k, dc_k):
-            raise ValueError(f"{name} set: {len(rows)} features, but k={max(pr_k, dc_k)} neighbours need more than k")
-        if not rows.isfinite().all():
-            raise ValueError(f"{name} set: feature row {int((~rows.isfinite().all(1)).nonzero()[0])} is not finite")
+    k = max(pr_k, dc_k)
+    if min(pr_k, dc_k) < 1:
+        raise ValueError(f"pr_k={pr_k}, dc_k={dc_k}: expected at least 1 of each")
+    x, y = checked_pair(reference, generated, k + 1, f"k={k}")
     x_pr, x_dc = _radii(x, (pr_k, dc_k), block)
     (y_pr,) = _radii(y, (pr_k,), block)
     inside_x = torch.zeros(len(y), dtype=torch.bool)  # y_j in some ball of x

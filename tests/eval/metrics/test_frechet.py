@@ -71,6 +71,63 @@ def test_few_rows_give_the_same_by_their_nuclear_norm(n, m):
     assert frechet_raw(x, y) == pytest.approx(frechet_raw(stats(x), stats(y)), rel=1e-12)
 
 
+@pytest.mark.filterwarnings("ignore:.*rank deficient")
+@pytest.mark.parametrize("few", ["reference", "generated"])
+def test_few_rows_against_statistics_of_many(few):
+    x, y = normal(40, 80) @ normal(80, 80, 5), normal(300, 80, 1) + 0.2
+    want = frechet_raw(stats(x), stats(y))
+    pair = (x, stats(y)) if few == "reference" else (stats(y), x)
+    assert frechet_raw(*pair) == pytest.approx(want, rel=1e-11)
+
+
+def test_the_product_of_covariances_is_not_symmetric():
+    # eigvalsh reads one triangle only, so it may not be given S_x S_y; that would be off by far more than rounding.
+    x, y = stats(normal(60, 12) @ normal(12, 12, 5)), stats(normal(60, 12, 1) @ normal(12, 12, 6))
+    wrong = torch.linalg.eigvalsh(x.covariance @ y.covariance)
+    right = torch.linalg.eigvals(x.covariance @ y.covariance).real
+    trace = (x.covariance.trace() + y.covariance.trace() + (x.mean - y.mean).square().sum() - frechet_raw(x, y)) / 2
+    assert float(right.clamp(min=0).sqrt().sum()) == pytest.approx(float(trace), rel=1e-10)
+    assert wrong.min() < 0
+
+
+@pytest.mark.filterwarnings("ignore:.*rank deficient")
+def test_rank_deficient_sets_at_the_size_of_the_specification():
+    # d 768, n 300, identical sets: rounding without the cut-off leaves -4e-8 of tr S.
+    x = normal(300, 768)
+    trace = float((x - x.mean(0)).square().sum() / 299)
+    assert abs(frechet_raw(x, x)) / trace < 1e-13
+
+
+@pytest.mark.filterwarnings("ignore:.*rank deficient")
+def test_no_epsilon_is_added():
+    # Adding one to both covariances, as other code does, lowers the distance of rank-deficient sets: here, d = 256 and
+    # n = 100, by 1.7e-5 with 1e-8 and by thousandths with 1e-6.
+    x, y = normal(100, 256), normal(100, 256, 1)
+    a, b = stats(x), stats(y)
+
+    def change(eps):
+        cov_a, cov_b = (s.covariance + eps * torch.eye(256, dtype=torch.float64) for s in (a, b))
+        values, vectors = torch.linalg.eigh(cov_a)
+        root = (vectors * values.sqrt()) @ vectors.T
+        traces = (
+            cov_a.trace() + cov_b.trace() - 2 * torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
+        )
+        return float((a.mean - b.mean).square().sum() + traces) - frechet_raw(a, b)
+
+    assert frechet_raw(a, b) == pytest.approx(frechet_raw(x, y), rel=1e-12)
+    assert change(1e-8) == pytest.approx(-1.7e-5, rel=0.05)
+    assert -3e-3 < change(1e-6) < -1e-3
+
+
+def test_large_mean_in_float32_costs_only_the_rounding_of_the_input():
+    # Mean 1000, std 0.01: rounding the inputs to float32 is all that may show (4.1927e-5 against 4.1921e-5).
+    x, y = 1000 + 0.01 * normal(4000, 16), 1000 + 0.01 * normal(4000, 16, 1)
+    exact, rounded = frechet_distance(x, y), frechet_distance(x.float(), y.float())
+    assert rounded == pytest.approx(exact, rel=5e-3)
+    means = torch.tensor(x.float().numpy().mean(0)), torch.tensor(y.float().numpy().mean(0))  # as elsewhere: float32
+    assert abs(float((means[0] - means[1]).square().sum()) / float((x.mean(0) - y.mean(0)).square().sum()) - 1) > 5e-3
+
+
 def test_against_scipy_eigenvalues():
     scipy_linalg = pytest.importorskip("scipy.linalg")
     x, y = normal(400, 40) @ normal(40, 40, 5), normal(500, 40, 1) @ normal(40, 40, 7)
@@ -97,8 +154,14 @@ def test_against_torchmetrics():
 
 
 def test_errors_and_warnings():
-    with pytest.raises(ValueError, match="at least 2 samples"):
+    with pytest.raises(ValueError, match="at least 2 samples"), pytest.warns(UserWarning, match="n=1 < d=4"):
         frechet_distance(stats(normal(1, 4)), stats(normal(9, 4)))
+    with pytest.raises(ValueError, match="reference set: 1 features, but a covariance needs at least 2"):
+        frechet_distance(normal(1, 4), normal(9, 4))
+    y = normal(9, 4)
+    y[6, 2] = float("nan")
+    with pytest.raises(ValueError, match="generated set: feature row 6 is not finite"):
+        frechet_distance(normal(9, 4), y)
     with pytest.raises(ValueError, match="4 feature dimensions, the generated set 5"):
         frechet_distance(stats(normal(9, 4)), stats(normal(9, 5)))
     with pytest.warns(UserWarning, match="n=3 < d=4"):

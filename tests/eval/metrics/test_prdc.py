@@ -77,11 +77,13 @@ def test_near_duplicates_far_from_the_origin_keep_their_order():
 
 
 def test_errors():
-    with pytest.raises(ValueError, match="reference set: 5 features, but k=5"):
+    with pytest.raises(ValueError, match="reference set: 5 features, but k=5 needs at least 6"):
         prdc(normal(5, 3), normal(9, 3))
-    with pytest.raises(ValueError, match=r"\(9, 3\) and \(9, 4\)"):
+    with pytest.raises(ValueError, match="3 feature dimensions, the generated set 4"):
         prdc(normal(9, 3), normal(9, 4))
     y = normal(9, 3)
     y[4, 0] = float("nan")
     with pytest.raises(ValueError, match="generated set: feature row 4"):
         prdc(normal(9, 3), y)
+    with pytest.raises(ValueError, match="pr_k=0"):
+        prdc(normal(9, 3), normal(9, 3), pr_k=0)
