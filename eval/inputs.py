@@ -53,9 +53,9 @@ def read_images(source: "ImageSet | Source | Tensor | tuple[Tensor, Tensor] | st
     """Images from ``source``.
 
     ``source`` is uint8 ``(n, C, H, W)``; a pair of that and labels ``(n,)``; a folder, whose ``metadata.jsonl`` names
-    images, labels and prompts by ``file_name``, ``label`` and ``text``, or without one all its images, labels from sub-folders; a ``.npz``
-    with ``arr_0`` or ``images``, and labels in ``arr_1`` or ``labels``; a finite source of ``genkit.data``; or the word
-    ``"digits"``, the 1,797 embedded ones.
+    images, labels and prompts by ``file_name``, ``label`` and ``text``, or without one all its images, labels from
+    sub-folders; a ``.npz`` with ``arr_0`` or ``images``, and labels in ``arr_1`` or ``labels``; a finite source of
+    ``genkit.data``; or the word ``"digits"``, the 1,797 embedded ones.
 
     Raises:
         ValueError: no images, an image that cannot be read (named), mixed sizes or modes, another dtype than uint8.

@@ -7,7 +7,15 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
+
+_CHUNK = 4096  # rows in float64 at a time
+
+
+def own_rows(n: int, process_index: int, num_processes: int) -> Tensor:
+    """Which of n rows are this process's: neighbours, each row once over all processes, and none to fill up."""
+    return torch.arange(n).tensor_split(num_processes)[process_index]
 
 
 def is_statistics(path: str | Path) -> bool:
@@ -55,29 +63,70 @@ class FeatureStats:
         """Add rows ``(B, d)`` of any float dtype, in place. Raises ``ValueError`` on another d or a row not finite."""
         if features.ndim != 2 or features.shape[1] != self.dim:
             raise ValueError(f"features must be (B, {self.dim}), got {tuple(features.shape)}")
-        rows = features.detach().to("cpu", torch.float64)
+        rows = features.detach().cpu()
         bad = (~rows.isfinite().all(1)).nonzero().flatten()
         if len(bad):
             raise ValueError(
                 f"feature row {(self.n or 0) + int(bad[0])} is not finite ({len(bad)} such rows in this batch)"
             )
-        if len(rows):
-            mean = rows.mean(0)
-            centred = rows - mean
-            self._add(len(rows), mean, centred.T @ centred)
+        for chunk in rows.split(_CHUNK) if len(rows) else ():
+            chunk = chunk.double()
+            mean = chunk.mean(0)
+            centred = chunk - mean
+            self._add(len(chunk), mean, centred.T @ centred)
         return self
 
     def merge(self, other: "FeatureStats") -> "FeatureStats":
-        """The statistics of both sets together, as a new object."""
+        """The statistics of both sets together, as a new object, with what both say of themselves (``meta``).
+
+        Raises:
+            ValueError: of other dimensions, of another extractor, or of n unknown.
+        """
         if other.dim != self.dim:
             raise ValueError(f"cannot merge statistics of {self.dim} and {other.dim} dimensions")
+        made = [part.meta["extractor"] for part in (self, other) if "extractor" in part.meta]
+        if len(set(made)) > 1:
+            raise ValueError(f"cannot merge statistics of extractors {made[0]!r} and {made[1]!r}")
         merged = FeatureStats(self.dim)
-        for part in (self, other):
-            if part.n is None:
-                raise ValueError("cannot merge statistics that do not say their n; load them with n=")
-            if part.n:
-                merged._add(part.n, part.mean, part.scatter)
+        merged.meta = {k: v for k, v in self.meta.items() if other.meta.get(k) == v}
+        return merged._joined(self)._joined(other)
+
+    def gather(self, group: Any = None) -> "FeatureStats":
+        """The statistics of the rows of all processes of ``group``, the same on each; alone, a copy.
+
+        Counts, means and scatters travel, one process at a time in the order of their ranks, never features. Rows that
+        a sampler repeats to fill up a batch must not have been added: :func:`own_rows` gives each process its own.
+
+        Raises:
+            ValueError: on every process, where one has other dimensions or does not know its n.
+        """
+        merged = FeatureStats(self.dim)
+        merged.meta = dict(self.meta)
+        if not (dist.is_available() and dist.is_initialized()):
+            return merged._joined(self)
+        device = torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
+        ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
+        own = torch.tensor([-1 if self.n is None else self.n, self.dim], device=device)
+        counts = [torch.empty_like(own) for _ in ranks]
+        dist.all_gather(counts, own, group)
+        for rank, (n, dim) in zip(ranks, torch.stack(counts).tolist(), strict=True):  # all see it, and all raise
+            if n < 0 or dim != counts[0][1]:
+                raise ValueError(f"process {rank} has statistics of {dim} dimensions, n={n if n >= 0 else None}")
+        for rank, n in zip(ranks, torch.stack(counts)[:, 0].tolist(), strict=True):
+            part = FeatureStats(self.dim)
+            part.n, part.mean, part.scatter = n, self.mean.to(device).clone(), self.scatter.to(device).clone()
+            dist.broadcast(part.mean, rank, group)
+            dist.broadcast(part.scatter, rank, group)
+            part.mean, part.scatter = part.mean.cpu(), part.scatter.cpu()
+            merged._joined(part)
         return merged
+
+    def _joined(self, part: "FeatureStats") -> "FeatureStats":
+        if part.n is None:
+            raise ValueError("cannot merge statistics that do not say their n; load them with n=")
+        if part.n:
+            self._add(part.n, part.mean, part.scatter)
+        return self
 
     def _add(self, n: int, mean: Tensor, scatter: Tensor) -> None:
         if self.n is None:
@@ -85,7 +134,7 @@ class FeatureStats:
         total = self.n + n
         delta = mean - self.mean
         self.mean = self.mean + delta * (n / total)
-        self.scatter = self.scatter + scatter + torch.outer(delta, delta) * (self.n * n / total)
+        self.scatter = (self.scatter + scatter).addr_(delta, delta, alpha=self.n * n / total)
         self.n = total
 
     def save(self, path: str | Path, meta: dict | None = None) -> None:
@@ -97,11 +146,16 @@ class FeatureStats:
             np.savez(file, meta=np.array(json.dumps({**self.meta, **(meta or {})})), **arrays)
 
     @classmethod
-    def load(cls, path: str | Path, n: int | None = None) -> "FeatureStats":
-        """Read ``.npz`` with ``mu`` and ``sigma``; ``n`` supplies a count that the file does not have.
+    def load(cls, path: str | Path, n: int | None = None, extractor: str | None = None) -> "FeatureStats":
+        """Read ``.npz`` with ``mu`` and ``sigma``: our own, or one of clean-fid, pytorch-fid or ADM's evaluator.
+
+        Those of other libraries say neither how many images they are of nor what made the features: ``n`` and
+        ``extractor``, an ``Extractor.id``, supply it. What else is in the file (ADM's images and its statistics of
+        spatial features, ``mu_s`` and ``sigma_s``) is left alone.
 
         Raises:
-            ValueError: not such a file, arrays that do not fit each other, or an ``n`` other than the file's.
+            ValueError: not such a file; arrays that do not fit each other, or no covariance; an ``n`` or ``extractor``
+                other than the file's.
         """
         try:
             with np.load(path, allow_pickle=False) as file:
@@ -115,6 +169,8 @@ class FeatureStats:
             raise ValueError(f"{path}: mu {tuple(mean.shape)} and sigma {tuple(covariance.shape)} do not fit together")
         if not (mean.isfinite().all() and covariance.isfinite().all()):
             raise ValueError(f"{path}: mu or sigma is not finite")
+        if (covariance - covariance.T).abs().max() > 1e-4 * covariance.abs().max() or covariance.diagonal().min() < 0:
+            raise ValueError(f"{path}: sigma is not symmetric or has a negative variance, so it is no covariance")
         stored = int(arrays["n"]) if "n" in arrays else None
         if n is not None and stored is not None and n != stored:
             raise ValueError(f"{path}: n={n} was given, but the file says n={stored}")
@@ -128,4 +184,7 @@ class FeatureStats:
         else:
             stats.scatter = covariance * (count - 1)
         stats.meta = json.loads(str(arrays["meta"])) if "meta" in arrays else {}
+        if extractor is not None and stats.meta.setdefault("extractor", extractor) != extractor:
+            made_with = stats.meta["extractor"]
+            raise ValueError(f"{path}: extractor={extractor!r} was given, but the file says {made_with!r}")
         return stats

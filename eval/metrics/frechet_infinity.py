@@ -33,8 +33,8 @@ def frechet_infinity(
 
     Each of ``sizes`` values of n, evenly spaced from ``smallest`` (a tenth of all by default) to all, is measured on
     random rows of ``generated`` ``(m, d)``, a function of ``(seed, place)``. The bias of the reference, which is used
-    whole, about ``(d + d(d+1)/4) / n``, is still in the intercept; with ``both``, n random rows of each side are used and
-    it is not, but the intercept scatters more. It is not clamped, so it may be negative.
+    whole, about ``(d + d(d+1)/4) / n``, is still in the intercept; with ``both``, n random rows of each side are used
+    and it is not, but the intercept scatters more. It is not clamped, so it may be negative.
 
     Raises:
         ValueError: as ``frechet_distance``; fewer than 2 sizes, a ``smallest`` that is less than 2 or leaves no room

@@ -20,9 +20,9 @@ class InceptionScores(NamedTuple):
 def inception_score(logits: Tensor, *, splits: int = 10, seed: int = 0) -> InceptionScores:
     """``exp(E_x KL(p(y|x) || p(y)))`` of each split of the shuffled rows, from 1 to the number of classes.
 
-    ``logits`` ``(n, K)``; those of the published number are the 1008 of the 2015 Inception without its bias. Split i is
-    rows ``i n / splits`` to ``(i + 1) n / splits`` after a shuffle by ``seed``. ``std`` divides by the number of splits,
-    as the authors' code does. ``log p(y)`` is a log-sum-exp, so sure classes give 1 and never NaN.
+    ``logits`` ``(n, K)``; those of the published number are the 1008 of the 2015 Inception without its bias. Split i
+    is rows ``i n / splits`` to ``(i + 1) n / splits`` after a shuffle by ``seed``. ``std`` divides by the number of
+    splits, as the authors' code does. ``log p(y)`` is a log-sum-exp, so sure classes give 1 and never NaN.
 
     Raises:
         ValueError: fewer rows than splits, no split, a row not finite.

@@ -7,7 +7,7 @@ import torch
 from genkit.eval import run
 from genkit.eval.extractors.base import get_extractor
 from genkit.eval.inputs import read_images
-from genkit.eval.metrics.base import Metric, all_metrics, get_metric
+from genkit.eval.metrics.base import Metric, all_metrics
 from genkit.eval.metrics.frechet import FrechetDistance
 from genkit.eval.metrics.prdc import PrecisionRecallDensityCoverage
 from genkit.eval.result import Result, require_comparable

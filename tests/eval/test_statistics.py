@@ -1,8 +1,10 @@
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 
-from genkit.eval.statistics import FeatureStats, is_statistics
+from genkit.eval.statistics import FeatureStats, is_statistics, own_rows
 
 
 def rows(n, d, seed=0, mean=0.0, std=1.0):
@@ -64,6 +66,68 @@ def test_a_row_that_is_not_finite_is_named_by_its_place_in_the_stream(bad):
     assert stats.n == 10
 
 
+def test_many_rows_at_once_are_those_of_batches():
+    x = rows(10_000, 3)
+    whole, parts = FeatureStats(3).update(x), FeatureStats(3)
+    for batch in x.split(777):
+        parts.update(batch)
+    torch.testing.assert_close(whole.covariance, parts.covariance, rtol=1e-12, atol=1e-12)
+    bad = x.clone()
+    bad[9_000, 1] = float("nan")
+    fresh = FeatureStats(3)
+    with pytest.raises(ValueError, match="feature row 9000 is not finite"):
+        fresh.update(bad)
+    assert fresh.n == 0  # nothing of the batch was counted
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 7])
+@pytest.mark.parametrize("n", [0, 1, 5, 20])
+def test_own_rows_are_every_row_once(n, processes):
+    parts = [own_rows(n, i, processes) for i in range(processes)]
+    assert torch.equal(torch.cat(parts), torch.arange(n))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def _gathered(rank, file, x, results):
+    """Of three processes all, the first two, and the last alone take the statistics of the same rows."""
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=3)
+    groups = [(dist.new_group([0, 1]), [0, 1]), (dist.new_group([2]), [2]), (None, [0, 1, 2])]
+    for group, ranks in groups:
+        if rank in ranks:
+            own = FeatureStats(x.shape[1])
+            for batch in x[own_rows(len(x), ranks.index(rank), len(ranks))].split(13):
+                own.update(batch)
+            whole = own.gather(group)
+            results[len(ranks), rank] = (whole.n, whole.mean.tolist(), whole.covariance.tolist())
+    try:
+        FeatureStats(4 if rank < 2 else 5).gather()
+    except ValueError as error:
+        results["refused", rank] = str(error)
+    dist.destroy_process_group()
+
+
+def test_one_two_and_three_processes_agree(tmp_path):
+    x = rows(101, 6, mean=5.0) @ rows(6, 6, 1)  # 101 rows: no number of processes divides them
+    with mp.Manager() as manager:
+        results = manager.dict()
+        mp.start_processes(_gathered, (tmp_path / "sync", x, results), nprocs=3, start_method="fork")
+        results = dict(results)
+    assert results[2, 0] == results[2, 1] and results[3, 0] == results[3, 1] == results[3, 2]
+    for n, mean, covariance in (results[1, 2], results[2, 0], results[3, 0]):
+        assert n == 101
+        torch.testing.assert_close(torch.tensor(mean, dtype=torch.float64), x.mean(0), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            torch.tensor(covariance, dtype=torch.float64), torch.cov(x.T), rtol=1e-12, atol=1e-12
+        )
+    assert {results["refused", rank] for rank in range(3)} == {"process 2 has statistics of 5 dimensions, n=0"}
+
+
+def test_alone_gather_is_a_copy():
+    stats = FeatureStats(4).update(rows(9, 4))
+    again = stats.gather()
+    assert again is not stats and again.n == 9 and torch.equal(again.covariance, stats.covariance)
+
+
 def test_dimensions_must_agree():
     with pytest.raises(ValueError, match=r"\(B, 4\), got \(3, 5\)"):
         FeatureStats(4).update(rows(3, 5))
@@ -105,6 +169,49 @@ def test_files_of_other_libraries(tmp_path):
     assert FeatureStats.load(tmp_path / "again.npz").n is None
 
 
+def test_what_the_features_were_made_with(tmp_path):
+    x = rows(50, 6)
+    path, ours = tmp_path / "other.npz", tmp_path / "ours.npz"
+    np.savez(path, mu=x.mean(0).numpy(), sigma=torch.cov(x.T).numpy())
+    assert "extractor" not in FeatureStats.load(path).meta
+    named = FeatureStats.load(path, n=50, extractor="inception")
+    assert named.meta == {"extractor": "inception"}
+    named.save(ours)
+    assert FeatureStats.load(ours, extractor="inception").meta == {"extractor": "inception"}
+    with pytest.raises(ValueError, match="extractor='clip' was given, but the file says 'inception'"):
+        FeatureStats.load(ours, extractor="clip")
+    other = FeatureStats(6).update(x)
+    other.meta = {"extractor": "clip"}
+    with pytest.raises(ValueError, match="cannot merge statistics of extractors 'inception' and 'clip'"):
+        named.merge(other)
+    other.meta = {"extractor": "inception", "source": "here"}
+    assert named.merge(other).meta == {"extractor": "inception"}
+
+
+def test_reference_batches_of_adm(tmp_path):
+    # Images, pool features' statistics and those of spatial features in one file.
+    x, path = rows(50, 6), tmp_path / "adm.npz"
+    spatial = {"mu_s": np.zeros(3), "sigma_s": np.eye(3)}
+    images = np.zeros((2, 8, 8, 3), dtype=np.uint8)
+    np.savez(path, arr_0=images, mu=x.mean(0).numpy(), sigma=torch.cov(x.T).numpy(), **spatial)
+    assert is_statistics(path)
+    stats = FeatureStats.load(path)
+    assert stats.n is None and stats.dim == 6
+    torch.testing.assert_close(stats.covariance, torch.cov(x.T))
+
+
+def test_files_as_clean_fid_writes_them(tmp_path, monkeypatch):
+    fid = pytest.importorskip("cleanfid.fid")
+    x = rows(50, 6).float().numpy()
+    monkeypatch.setattr(fid.cleanfid, "__file__", str(tmp_path / "__init__.py"))  # it writes beside this
+    monkeypatch.setattr(fid, "get_folder_features", lambda *a, **k: x)
+    monkeypatch.setattr(fid, "build_feature_extractor", lambda *a, **k: None)
+    fid.make_custom_stats("mine", str(tmp_path), device="cpu")
+    (path,) = (p for p in (tmp_path / "stats").glob("*.npz") if is_statistics(p))
+    stats = FeatureStats.load(path, n=50)
+    torch.testing.assert_close(stats.covariance, torch.cov(torch.from_numpy(x).double().T), rtol=1e-6, atol=1e-6)
+
+
 def test_broken_files(tmp_path):
     path = tmp_path / "s.npz"
     path.write_bytes(b"not a zip")
@@ -117,6 +224,10 @@ def test_broken_files(tmp_path):
     np.savez(path, mu=np.zeros(3), sigma=np.eye(4))
     with pytest.raises(ValueError, match="do not fit"):
         FeatureStats.load(path)
+    for sigma in (np.triu(np.ones((3, 3))), -np.eye(3)):
+        np.savez(path, mu=np.zeros(3), sigma=sigma)
+        with pytest.raises(ValueError, match="no covariance"):
+            FeatureStats.load(path)
     np.savez(path, mu=np.zeros(3), sigma=np.eye(3), n=10)
     with pytest.raises(ValueError, match="n=20 was given, but the file says n=10"):
         FeatureStats.load(path, n=20)
