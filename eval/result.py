@@ -26,7 +26,8 @@ class Protocol(BaseModel):
 class Result(BaseModel):
     """Values by name, network calls per image (``nfe``) if known, how they were made, and what to beware of."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # JSON has no number for the infinite PSNR of equal images; pydantic's default, null, could not be read back.
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
     values: dict[str, float]
     nfe: float | None = Field(default=None, ge=0)

@@ -57,6 +57,7 @@ class Metric(ABC):
         reads_reference, reads_generated: the fields of ``FeatureSet`` that a metric needs of each side; one that reads
             nothing of the reference needs none.
         paired: whether it compares row i with row i.
+        bears_repeats: whether repeated rows leave it meaningful, as a bootstrap needs.
         by_default: whether it is among those that are computed where none are named.
         argument: the one setting without default, where there is one: the metric is then named ``file:value``.
     """
@@ -64,6 +65,7 @@ class Metric(ABC):
     reads_reference: tuple[str, ...] = ("stats",)
     reads_generated: tuple[str, ...] = ("stats",)
     paired: ClassVar[bool] = False
+    bears_repeats: ClassVar[bool] = True
     by_default: ClassVar[bool] = True
     argument: ClassVar[str | None] = None
 

@@ -69,9 +69,10 @@ def frechet_infinity(
         values.append(frechet_raw(some_x, _draw(y, n, hash_seed(seed, place, 1))))
     inverse = 1 / torch.tensor(counts, dtype=torch.float64)
     design = torch.stack((torch.ones_like(inverse), inverse), 1)
-    line = torch.linalg.lstsq(design, torch.tensor(values, dtype=torch.float64)[:, None]).solution[:, 0]
-    off = design @ line - torch.tensor(values, dtype=torch.float64)
-    return Extrapolation(*line.tolist(), off.square().mean().sqrt().item())
+    measured = torch.tensor(values, dtype=torch.float64)
+    line = torch.linalg.lstsq(design, measured[:, None]).solution[:, 0]
+    residual = (design @ line - measured).square().mean().sqrt()
+    return Extrapolation(line[0].item(), line[1].item(), residual.item())
 
 
 def _draw(rows: Tensor, n: int, seed: int) -> Tensor:

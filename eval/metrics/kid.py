@@ -52,8 +52,8 @@ def kid_subsets(
     values = []
     for i in range(subsets):
         generator = torch.Generator().manual_seed(hash_seed(seed, i))
-        chosen = (rows[torch.randperm(len(rows), generator=generator)[:subset_size]] for rows in (x, y))
-        values.append(squared_mmd(*chosen, _cubic, unbiased=True))
+        some_x, some_y = (rows[torch.randperm(len(rows), generator=generator)[:subset_size]] for rows in (x, y))
+        values.append(squared_mmd(some_x, some_y, _cubic, unbiased=True))
     std, mean = torch.std_mean(torch.tensor(values, dtype=torch.float64), correction=0)
     return KIDSubsets(mean.item(), std.item(), std.item() / subsets**0.5)
 

@@ -70,6 +70,7 @@ class PrecisionRecallDensityCoverage(Metric):
 
     reads_reference = ("features",)
     reads_generated = ("features",)
+    bears_repeats = False
 
     def __init__(self, pr_k: int = 3, dc_k: int = 5):
         self.pr_k, self.dc_k = pr_k, dc_k

@@ -13,8 +13,8 @@ def normal(n, d, seed=0):
 
 def test_mean_shift_of_normal_sets():
     # d = 64, the truth is 0.0512, n = 20000: FD 0.165 on average; from the generated side 0.107, whose excess is the
-    # bias of the reference, (d + d(d+1)/4) / n = 0.055; from both 0.053, single runs 0.036 to 0.069. The noise of one pair,
-    # 0.0045, is common to all three, so their differences are surer than they are.
+    # bias of the reference, (d + d(d+1)/4) / n = 0.055; from both 0.053, single runs 0.036 to 0.069. The noise of one
+    # pair, 0.0045, is common to all three, so their differences are surer than they are.
     d, n = 64, 20_000
     x, y = normal(n, d), normal(n, d, 1) + (0.0512 / d) ** 0.5
     one, two = frechet_infinity(x, y), frechet_infinity(x, y, both=True)

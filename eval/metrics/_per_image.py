@@ -1,0 +1,60 @@
+"""Metrics that are means over images, and with them over pairs of images."""
+
+from abc import abstractmethod
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from genkit.eval.metrics.base import FeatureSet, Metric
+
+_BATCH = 64
+
+
+class PerImage(Metric):
+    """The mean over images of what :meth:`values` gives for each."""
+
+    by_default = False
+    reads_reference: tuple[str, ...] = ()
+    reads_generated: tuple[str, ...] = ("images",)
+
+    @abstractmethod
+    def values(self, reference: FeatureSet | None, generated: FeatureSet) -> dict[str, Tensor]:
+        """Every value of every image, ``(n,)`` float64: for intervals, win rates, and the worst and best images."""
+
+    def __call__(self, reference: FeatureSet | None, generated: FeatureSet) -> dict[str, float]:
+        return {name: of.mean().item() for name, of in self.values(reference, generated).items()}
+
+
+class PerPair(PerImage):
+    """The mean over pairs, image i of the one side with image i of the other."""
+
+    paired = True
+    reads_reference = ("images",)
+
+    @abstractmethod
+    def value(self, x: Tensor, y: Tensor) -> Tensor:
+        """``(B,)`` of two ``(B, C, H, W)``, float64 on [0, 1]."""
+
+    def values(self, reference: FeatureSet | None, generated: FeatureSet) -> dict[str, Tensor]:
+        assert reference is not None and reference.images is not None and generated.images is not None
+        counts = reference.images.n, generated.images.n
+        if counts[0] != counts[1]:
+            raise ValueError(f"{self.name} pairs images: the reference has {counts[0]}, the generated set {counts[1]}")
+        parts = []
+        for x, y in zip(batches(reference), batches(generated), strict=True):
+            if x.shape != y.shape:
+                raise ValueError(
+                    f"{self.name} pairs images: those of the reference are {tuple(x.shape[1:])}, the generated ones "
+                    f"{tuple(y.shape[1:])}"
+                )
+            with torch.no_grad():
+                parts.append(self.value(x, y).double().cpu())
+        return {self.name: torch.cat(parts)}
+
+
+def batches(side: FeatureSet, size: int = _BATCH) -> Iterator[Tensor]:
+    """The images, float64 on [0, 1], some at a time."""
+    assert side.images is not None
+    for batch in side.images.batches(size):
+        yield batch.double() / 255

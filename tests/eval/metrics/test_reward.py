@@ -1,0 +1,124 @@
+"""Rewards as metrics."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from PIL import Image
+
+from genkit import rewards
+from genkit.eval.inputs import read_images
+from genkit.eval.metrics.base import get_metric
+from genkit.eval.metrics.reward import RewardMetric
+from genkit.eval.run import evaluate
+from tests.rewards import tiny
+
+
+def shout(images, prompts):
+    """For ``function``: brightness times the number of letters."""
+    return images.mean((1, 2, 3)) * torch.tensor([float(len(p)) for p in prompts])
+
+
+def broken(images):
+    return torch.where(torch.arange(len(images)) == 2, float("nan"), 1.0)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Grey pictures of rising brightness with prompts, listed out of the order of their names."""
+    rows = []
+    for i in (2, 0, 1):
+        Image.new("RGB", (8, 8), (50 * i,) * 3).save(tmp_path / f"{i}.png")
+        rows.append({"file_name": f"{i}.png", "text": "x" * (i + 1)})
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return tmp_path
+
+
+def function(name, **settings):
+    return RewardMetric("function", {"path": f"{__file__}:{name}", "differentiable": False, **settings})
+
+
+def test_digits_by_their_labels():
+    images = read_images("digits")
+    x, y = images.load(torch.arange(100)), images.labels[:100]
+    result = evaluate(None, (x, y), metrics=["reward:digits", "accuracy"], quiet=True)
+    want = rewards.make("digits")(x.float() / 255, y)
+    assert result.values["digits"] == pytest.approx(float(want.mean()), rel=1e-4)
+    assert result.protocol.metrics["reward:digits"] == {
+        "reward": "digits",
+        "reward_settings": {"wanted": None, "network": "trained"},
+    }
+    with pytest.raises(ValueError, match="'reward:digits' needs generated labels"):
+        evaluate(None, x, metrics=["reward:digits"], quiet=True)
+
+
+def test_two_rewards_at_once_and_one_twice():
+    x = read_images("digits").load(torch.arange(20))
+    jpeg, seven = get_metric("reward:jpeg"), RewardMetric("digits", {"wanted": 7})
+    assert set(evaluate(None, x, metrics=[jpeg, seven], quiet=True).values) == {"jpeg", "digits"}
+    with pytest.raises(ValueError, match="'reward:jpeg' is named twice"):
+        evaluate(None, x, metrics=["reward:jpeg", jpeg], quiet=True)
+
+
+def test_prompts_of_a_folder_meet_their_images(folder):
+    metric = function("shout", takes="prompts")
+    assert metric.reads_generated == ("images", "prompts")
+    result = evaluate(None, folder, metrics=[metric], extractor="none", quiet=True)
+    assert result.values["function"] == pytest.approx((0 * 1 + 50 * 2 + 100 * 3) / 255 / 3, rel=1e-5)
+    drawn = evaluate(None, folder, metrics=[metric], extractor="none", n=2, quiet=True).values["function"]
+    pairs = [50 * 2, 50 * 2 + 300, 300]
+    assert min(abs(drawn - pair / 255 / 2) for pair in pairs) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["clip_score", "pick_score"])
+def test_scores_of_clip_models(name, tmp_path):
+    clip = tiny.clip(tmp_path)
+    settings = {"model": clip} | ({"tokenizer": clip} if name == "pick_score" else {})
+    images, texts = (torch.rand(4, 3, 40, 40) * 255).byte(), ["a red cat", "hen", "two dogs", "a"]
+    with_prompts = replace(read_images(images), prompts=texts)
+    got = evaluate(None, with_prompts, metrics=[RewardMetric(name, settings)], extractor="none", quiet=True)
+    want = rewards.make(name, **settings)(images / 255, texts)
+    assert got.values == {name: pytest.approx(float(want.mean()), rel=1e-4)}
+    assert got.protocol.metrics[f"reward:{name}"]["reward_settings"]["model"] == clip
+
+
+def test_batches_change_nothing(folder):
+    images = read_images("digits").load(torch.arange(20))
+    values = [
+        evaluate(None, images, metrics=[RewardMetric("digits", {"wanted": 3}, batch_size=b)], quiet=True).values[
+            "digits"
+        ]
+        for b in (7, 64)
+    ]
+    assert values[0] == pytest.approx(values[1], rel=1e-5)
+
+
+def test_prompts_that_are_missing(folder):
+    with pytest.raises(ValueError, match="'reward:function' needs generated prompts"):
+        images = torch.zeros(3, 3, 8, 8, dtype=torch.uint8)
+        evaluate(None, images, metrics=[function("shout", takes="prompts")], extractor="none", quiet=True)
+    rows = (folder / "metadata.jsonl").read_text().splitlines()
+    rows[1] = json.dumps({"file_name": "0.png"})
+    (folder / "metadata.jsonl").write_text("\n".join(rows))
+    with pytest.raises(ValueError, match=r"no text for 0\.png \(1 images lack one\)"):
+        read_images(folder)
+
+
+def test_bad_settings():
+    with pytest.raises(ValueError, match="reward='jpg' is not known; did you mean 'jpeg'"):
+        get_metric("reward:jpg")
+    with pytest.raises(ValueError, match="metrics='reward': accepted is 'reward:REWARD'"):
+        get_metric("reward")
+    with pytest.raises(ValueError, match="metrics='frechet:1': accepted is 'frechet'"):
+        get_metric("frechet:1")
+    with pytest.raises(ValueError, match="batch_size=0"):
+        RewardMetric("jpeg", batch_size=0)
+    with pytest.raises(ValueError, match="quality"):
+        RewardMetric("jpeg", {"quality": 0})
+
+
+def test_a_reward_that_is_not_finite_names_its_image():
+    images = torch.zeros(5, 3, 8, 8, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="reward:function: the reward of image 2 is not finite"):
+        evaluate(None, images, metrics=[function("broken")], extractor="none", quiet=True)
