@@ -31,16 +31,18 @@ def frechet_raw(reference: FeatureStats | Tensor, generated: FeatureStats | Tens
     x, y = _gaussian("reference", reference), _gaussian("generated", generated)
     if len(x.mean) != len(y.mean):
         raise ValueError(f"the reference has {len(x.mean)} feature dimensions, the generated set {len(y.mean)}")
-    return float((x.mean - y.mean).square().sum() + x.trace + y.trace - 2 * _sqrt_trace(x, y))
+    # (S_x S_y)^{1/2} has the trace that |G F^T| has as sum of singular values, with S_x = G^T G and S_y = F^T F: real,
+    # never negative, symmetric in the sets, and true to rounding, where roots of eigenvalues are true to half of it.
+    root = torch.linalg.svdvals(x.factor @ y.factor.T).sum()
+    return float((x.mean - y.mean).square().sum() + x.trace + y.trace - 2 * root)
 
 
 class _Gaussian(NamedTuple):
-    """``factor`` F with S = F^T F, fewer rows than columns, or if there are too many rows for that ``covariance`` S."""
+    """``factor`` F ``(k, d)``, k <= d, with S = F^T F, and the ``trace`` of S."""
 
     mean: Tensor
     trace: Tensor
-    factor: Tensor | None
-    covariance: Tensor | None
+    factor: Tensor
 
 
 def _gaussian(side: str, given: FeatureStats | Tensor) -> _Gaussian:
@@ -51,34 +53,24 @@ def _gaussian(side: str, given: FeatureStats | Tensor) -> _Gaussian:
         warnings.warn(text, stacklevel=4)
     if rows is not None and len(rows) < d:
         factor = (rows - rows.mean(0)) / (len(rows) - 1) ** 0.5
-        return _Gaussian(rows.mean(0), factor.square().sum(), factor, None)
+        return _Gaussian(rows.mean(0), factor.square().sum(), factor)
     stats = given if isinstance(given, FeatureStats) else FeatureStats(d).update(given)
-    return _Gaussian(stats.mean, stats.covariance.trace(), None, stats.covariance)
+    return _Gaussian(stats.mean, stats.covariance.trace(), _factor(stats.covariance))
 
 
-def _sqrt_trace(x: _Gaussian, y: _Gaussian) -> Tensor:
-    """tr (S_x S_y)^{1/2}, the sum of roots of eigenvalues that are those of a symmetric matrix.
+def _factor(covariance: Tensor) -> Tensor:
+    """By Cholesky where the rank is clearly full, else by the eigenvalues that are more than rounding noise.
 
-    Of factors G, F it is the nuclear norm of G F^T, n x m; of one factor and a covariance the matrix is F S F^T, n x n;
-    of two covariances A S_y A with A = S_x^{1/2}, d x d. Exact all three, and real.
+    The root of noise would cost half the digits of a rank-deficient trace.
     """
-    if x.factor is not None and y.factor is not None:
-        return torch.linalg.matrix_norm(x.factor @ y.factor.T, "nuc")
-    if x.factor is None and y.factor is None:
-        assert x.covariance is not None and y.covariance is not None
-        values, vectors = torch.linalg.eigh(x.covariance)
-        half, middle = (vectors * _cut(values).sqrt()) @ vectors.T, y.covariance
-    else:
-        few, many = (x, y) if x.factor is not None else (y, x)
-        assert few.factor is not None and many.covariance is not None
-        half, middle = few.factor, many.covariance
-    return _cut(torch.linalg.eigvalsh(half @ middle @ half.T)).sqrt().sum()
-
-
-def _cut(eigenvalues: Tensor) -> Tensor:
-    """Rounding noise set to zero: its square root would cost half the digits of a rank-deficient trace."""
-    floor = len(eigenvalues) * torch.finfo(eigenvalues.dtype).eps * eigenvalues.max()
-    return torch.where(eigenvalues > floor, eigenvalues, 0.0)
+    noise = len(covariance) * torch.finfo(covariance.dtype).eps
+    upper, failed = torch.linalg.cholesky_ex(covariance, upper=True)
+    pivots = upper.diagonal().square()
+    if not failed and pivots.min() > 100 * noise * pivots.max():
+        return upper
+    values, vectors = torch.linalg.eigh(covariance)
+    kept = values > noise * values.max()
+    return (vectors[:, kept] * values[kept].sqrt()).T
 
 
 class FrechetDistance(Metric):

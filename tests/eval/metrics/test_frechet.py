@@ -1,3 +1,4 @@
+import math
 import warnings
 
 import pytest
@@ -126,6 +127,26 @@ def test_large_mean_in_float32_costs_only_the_rounding_of_the_input():
     assert rounded == pytest.approx(exact, rel=5e-3)
     means = torch.tensor(x.float().numpy().mean(0)), torch.tensor(y.float().numpy().mean(0))  # as elsewhere: float32
     assert abs(float((means[0] - means[1]).square().sum()) / float((x.mean(0) - y.mean(0)).square().sum()) - 1) > 5e-3
+
+
+@pytest.mark.parametrize("spread", [1, 1e4, 1e8])
+def test_against_fifty_digits(spread):
+    # Variances from 1 to 1 / spread, as features have them: to rounding, where roots of eigenvalues lose digits.
+    mpmath = pytest.importorskip("mpmath")
+    d = 12
+    scale = torch.logspace(0, -math.log10(spread) / 2, d, dtype=torch.float64)
+    x, y = (normal(80, d, s) * scale for s in (0, 1))
+    a, b = stats(x @ torch.linalg.qr(normal(d, d, 2)).Q), stats(1.2 * y + 0.1)
+    with mpmath.workdps(50):
+        lower = mpmath.cholesky(mpmath.matrix(a.covariance.tolist()))
+        inner = lower.T * mpmath.matrix(b.covariance.tolist()) * lower
+        trace = mpmath.fsum(mpmath.sqrt(v) for v in mpmath.eigsy((inner + inner.T) / 2, eigvals_only=True))
+        rest = mpmath.fsum(
+            (p - q) ** 2 for p, q in zip(*(map(mpmath.mpf, s.mean.tolist()) for s in (a, b)), strict=True)
+        )
+        rest += mpmath.fsum(v for s in (a, b) for v in s.covariance.diagonal().tolist())
+        want = float(rest - 2 * trace)
+    assert frechet_raw(a, b) == pytest.approx(want, rel=1e-13, abs=1e-14)
 
 
 def test_against_scipy_eigenvalues():
