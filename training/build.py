@@ -39,7 +39,9 @@ class Run:
 
 
 def build(config: TrainConfig) -> Run:
-    """Make everything that ``config`` names, on the CPU in float32; weights depend on ``config.seed`` alone.
+    """Make everything that ``config`` names, on the CPU; weights depend on ``config.seed`` alone.
+
+    In float32, but for what ``config.frozen_dtype`` says.
 
     Raises:
         ValueError: parts that do not fit: data of another shape, labels out of range, a teacher on another path.
@@ -69,12 +71,14 @@ def build(config: TrainConfig) -> Run:
                     f"teacher={config.teacher!r} is on the path {type(teacher.interpolant).__name__}, the student on "
                     f"{type(student.interpolant).__name__}"
                 )
+        settings = config.source_config().model_dump(exclude_unset=True)
+        if config.data.name == "synthetic" and "shape" not in settings:
+            settings = synthetic_settings(pipe, student) | settings
+        source = config.source_class()(**settings)
+        source.check_network(base_network(student))  # by its weights, so before these are rounded
+        if config.frozen_dtype != "float32":
+            _round_frozen([pipe, *([] if teacher is None else [teacher.module])], getattr(torch, config.frozen_dtype))
         objective = cls.make(config.objective_config(), student, teacher, pipe)
-    settings = config.source_config().model_dump(exclude_unset=True)
-    if config.data.name == "synthetic" and "shape" not in settings:
-        settings = synthetic_settings(pipe, student) | settings
-    source = config.source_class()(**settings)
-    source.check_network(base_network(student))
     if source.shape is None and objective.needs_samples:
         raise ValueError(
             f"data={config.data.name!r} gives no samples, which objective={config.objective.name!r} needs; methods "
@@ -96,6 +100,22 @@ def _student(pipe: DiffusionPipeline, cls: type[Objective], config: TrainConfig)
             f"{type(student.module).__name__} is of the kind {type(student).__name__}"
         )
     return student
+
+
+def _round_frozen(parts: list[Any], dtype: torch.dtype) -> None:
+    """Keep what does not train in ``dtype``: whole modules, and all but the LoRA of those that have one."""
+    # Not the autoencoder: half precision has too few digits for pictures, and float16 overflows in some.
+    modules = [
+        m
+        for p in parts
+        for m in ([p] if isinstance(p, nn.Module) else [v for k, v in p.components.items() if k != "vae"])
+    ]
+    for module in modules:
+        if not isinstance(module, nn.Module) or all(p.requires_grad for p in module.parameters()):
+            continue
+        for tensor in (*module.parameters(), *module.buffers()):
+            if tensor.is_floating_point() and not tensor.requires_grad:
+                tensor.data = tensor.data.to(dtype)
 
 
 def check_model(model: Model) -> None:

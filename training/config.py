@@ -149,6 +149,8 @@ class TrainConfig(Section):
     """Settings of a training run. Names are those of Diffusers' training scripts where these have the setting.
 
     ``global_batch_size`` counts all processes and accumulation steps, so that a run does not depend on either.
+    ``frozen_dtype``: of weights that never train: text encoders, teacher, and under a LoRA the network itself; what
+    trains, and an autoencoder, stay in float32.
     ``resume``: ``latest``, a ``checkpoint-<step>`` folder, or nothing to start anew.
     """
 
@@ -168,6 +170,7 @@ class TrainConfig(Section):
     max_train_steps: int = Field(ge=1)
     max_grad_norm: float | None = Field(1.0, gt=0)
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    frozen_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     gradient_checkpointing: bool = False
     allow_tf32: bool = False
     dataloader_num_workers: int = Field(0, ge=0)
@@ -237,6 +240,11 @@ class TrainConfig(Section):
             raise ValueError(f"teacher=None: objective={self.objective.name!r} needs the folder of a teacher pipeline")
         if cls.needs_teacher == "never" and self.teacher is not None:
             raise ValueError(f"teacher={self.teacher!r}: objective={self.objective.name!r} takes no teacher")
+        if cls.full_precision and self.frozen_dtype != "float32":
+            raise ValueError(
+                f"frozen_dtype={self.frozen_dtype!r}: objective={self.objective.name!r} learns from small "
+                "differences of large numbers and needs frozen_dtype=float32"
+            )
         if cls.full_precision and self.mixed_precision != "no":
             raise ValueError(
                 f"mixed_precision={self.mixed_precision!r}: objective={self.objective.name!r} learns from small "

@@ -122,3 +122,24 @@ def test_pictures_are_encoded_and_decoded(base, toys, tmp_path):
     from PIL import Image
 
     assert Image.open(tmp_path / "samples/step-4.png").size == (128, 64)
+
+
+def test_what_is_frozen_can_be_kept_in_half_precision(base, toys, tmp_path):
+    lines = {}
+    for dtype in ("float32", "bfloat16"):
+        trainer = make(toys, tmp_path / dtype, base, frozen_dtype=dtype)
+        weights = list(trainer.run.student.module.parameters())
+        assert {p.dtype for p in weights if p.requires_grad} == {torch.float32}
+        assert {p.dtype for p in weights if not p.requires_grad} == {getattr(torch, dtype)}
+        assert trainer.run.pipe.text_encoder.dtype == getattr(torch, dtype)
+        assert trainer.run.pipe.vae.dtype == torch.float32
+        toys.run(trainer)
+        assert trainer.roles["student"].gradient_norm(None).isfinite()
+        lines[dtype] = [line["loss"] for line in toys.losses(tmp_path / dtype)]
+    assert lines["bfloat16"] != lines["float32"]
+    assert lines["bfloat16"] == pytest.approx(lines["float32"], rel=2e-2)
+
+
+def test_methods_of_small_differences_refuse_half_precision(base, toys, tmp_path):
+    with pytest.raises(ValueError, match="frozen_dtype='float16': objective='ddo' learns from small differences"):
+        make(toys, tmp_path, base, objective=dict(name="ddo"), frozen_dtype="float16")
