@@ -77,7 +77,7 @@ class Metric(ABC):
     @property
     def settings(self) -> dict[str, Any]:
         """What decides its values: the attributes that the constructor made, without those that begin with ``_``."""
-        return {k: v for k, v in vars(self).items() if not k.startswith("_") and not hasattr(type(self), k)}
+        return {k: v for k, v in vars(self).items() if not k.startswith("_") and not hasattr(Metric, k)}
 
     @abstractmethod
     def __call__(self, reference: FeatureSet | None, generated: FeatureSet) -> dict[str, float]:

@@ -1,4 +1,7 @@
-"""CMMD: the discrepancy of two sets of CLIP embeddings under a Gaussian kernel."""
+"""CMMD: the discrepancy of two sets of CLIP embeddings under a Gaussian kernel.
+
+arXiv 2401.09603.
+"""
 
 import torch
 from torch import Tensor

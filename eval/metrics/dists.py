@@ -1,10 +1,23 @@
 """DISTS of pairs of images."""
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
 from genkit import perceptual
+from genkit.eval.extractors.base import file_hash
 from genkit.eval.metrics._per_image import PerPair
+
+
+def load(vgg: str) -> tuple[perceptual.DISTS, str]:
+    """The distance on the VGG16 of :meth:`genkit.perceptual.DISTS.load`, and what it is made of, for the protocol:
+
+    file and hash, and whether the weights of channels are the published ones or equal, which that depends on.
+    """
+    made = perceptual.DISTS.load(vgg)
+    file = vgg if vgg == perceptual.TORCHVISION else f"{Path(vgg).name}/{file_hash(Path(vgg))}"
+    return made, f"{file}/{'equal' if bool((made.alpha == 1).all()) else 'learned'}"
 
 
 class DISTS(PerPair):
@@ -25,8 +38,9 @@ class DISTS(PerPair):
     argument = "vgg"
 
     def __init__(self, vgg: str, device: torch.device | str = "cpu"):
-        self.vgg, self._device = vgg, device
-        self._distance = perceptual.DISTS.load(vgg).to(device)
+        self._device = device
+        self._distance, self.vgg = load(vgg)
+        self._distance.to(device)
 
     def value(self, x: Tensor, y: Tensor) -> Tensor:
         return self._distance(x.float().to(self._device), y.float().to(self._device))

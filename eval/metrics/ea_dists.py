@@ -5,6 +5,7 @@ from torch import Tensor
 
 from genkit import perceptual
 from genkit.eval.metrics._per_image import PerPair
+from genkit.eval.metrics.dists import load
 
 
 class EADISTS(PerPair):
@@ -27,8 +28,9 @@ class EADISTS(PerPair):
     argument = "vgg"
 
     def __init__(self, vgg: str, padding: perceptual.Padding = "zeros", device: torch.device | str = "cpu"):
-        self.vgg, self.padding, self._device = vgg, padding, device
-        self._distance = perceptual.EADISTS(perceptual.DISTS.load(vgg), padding).to(device)
+        self.padding, self._device = padding, device
+        distance, self.vgg = load(vgg)
+        self._distance = perceptual.EADISTS(distance, padding).to(device)
 
     def value(self, x: Tensor, y: Tensor) -> Tensor:
         return self._distance(x.float().to(self._device), y.float().to(self._device))

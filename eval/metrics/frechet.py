@@ -1,4 +1,7 @@
-"""Frechet distance between Gaussian fits of two feature sets (FID, with whichever features)."""
+"""Frechet distance between Gaussian fits of two feature sets (FID, with whichever features).
+
+arXiv 1706.08500.
+"""
 
 import warnings
 from typing import NamedTuple

@@ -1,4 +1,7 @@
-"""FID-infinity: the Frechet distance that would be measured with infinitely many samples."""
+"""FID-infinity: the Frechet distance that would be measured with infinitely many samples.
+
+arXiv 1911.07023.
+"""
 
 from typing import NamedTuple
 

@@ -1,4 +1,7 @@
-"""Inception Score: classes that are sure in every image and even over all of them."""
+"""Inception Score: classes that are sure in every image and even over all of them.
+
+arXiv 1606.03498.
+"""
 
 from typing import NamedTuple
 

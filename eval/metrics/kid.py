@@ -1,4 +1,7 @@
-"""Kernel Inception distance: the discrepancy of two feature sets under a cubic kernel, without bias."""
+"""Kernel Inception distance: the discrepancy of two feature sets under a cubic kernel, without bias.
+
+arXiv 1801.01401.
+"""
 
 from typing import NamedTuple
 

@@ -1,4 +1,7 @@
-"""MIND: the squared distance that sorted projections of two feature sets have to travel."""
+"""MIND: the squared distance that sorted projections of two feature sets have to travel.
+
+arXiv 2605.06797.
+"""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,7 @@
-"""Precision and recall, density and coverage: k-nearest-neighbour balls around features."""
+"""Precision and recall, density and coverage: k-nearest-neighbour balls around features.
+
+arXiv 1904.06991 and 2002.09797.
+"""
 
 from typing import NamedTuple
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from genkit import cite
 from genkit.eval.inputs import read_images
 from genkit.eval.metrics import base
 from genkit.eval.metrics.base import FeatureSet, Metric, get_metric
@@ -60,6 +61,24 @@ def test_these_are_all():
         "accuracy", "cmmd", "contrast", "dists", "ea_dists", "frechet", "frechet_infinity", "inception_score", "kid",
         "mind", "prdc", "psnr", "reward", "saturation", "ssim",
     ]  # fmt: skip
+
+
+def test_papers_can_be_cited():
+    cited = cite.methods()
+    assert all(cited[name] for name in OF_FEATURES | {"dists", "ea_dists"})
+
+
+def test_settings_with_a_default_on_the_class_are_recorded():
+    class Power(Metric):
+        power = 2
+
+        def __init__(self):
+            self.power, self._cache = 3, object()
+
+        def __call__(self, reference, generated):
+            return {}
+
+    assert Power().settings == {"power": 3}
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -158,6 +158,16 @@ def test_against_scipy_eigenvalues():
     assert frechet_distance(a, b) == pytest.approx(float(want), rel=1e-11)
 
 
+def test_against_clean_fid():
+    fid = pytest.importorskip("cleanfid.fid")
+    x, y = normal(200, 16), normal(220, 16, 1) + 0.3
+    try:
+        want = fid.fid_from_feats(x.numpy(), y.numpy())
+    except TypeError as error:  # it passes disp= to scipy's square root, which has not taken it since 1.18
+        pytest.skip(str(error))
+    assert frechet_distance(stats(x), stats(y)) == pytest.approx(float(want), rel=1e-10)
+
+
 def test_against_torchmetrics():
     fid = pytest.importorskip("torchmetrics.image.fid")
     x, y = normal(200, 16), normal(220, 16, 1) + 0.3

@@ -1,12 +1,14 @@
 """PSNR, SSIM, DISTS and EA-DISTS of pairs."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from genkit import perceptual
+from genkit.eval.extractors.base import file_hash
 from genkit.eval.inputs import read_images
 from genkit.eval.metrics.base import FeatureSet, get_metric
 from genkit.eval.metrics.dists import DISTS
@@ -121,9 +123,16 @@ def test_dists_are_those_of_the_modules(weights):
     edges = perceptual.EADISTS(module, "reflect")
     got = EADISTS(weights, padding="reflect")
     assert got(side(x), side(y))["ea_dists"] == pytest.approx(float(edges(a, b).mean()), rel=1e-5)
-    assert got.settings == {"vgg": weights, "padding": "reflect"}
-    assert get_metric(f"dists:{weights}").settings == {"vgg": weights}
+    made_of = f"vgg.safetensors/{file_hash(Path(weights))}/equal"
+    assert got.settings == {"vgg": made_of, "padding": "reflect"}
+    assert get_metric(f"dists:{weights}").settings == {"vgg": made_of}
     assert DISTS(weights)(side(x), side(x)) == {"dists": 0}
+
+
+def test_published_weights_of_channels_are_told_from_equal_ones(weights, monkeypatch):
+    monkeypatch.setattr(perceptual, "_LEARNED", 3 + 4 + 6 + 8 + 8 + 8)  # as many as this narrow network has
+    monkeypatch.setattr(perceptual, "_learned_weights", lambda: dict.fromkeys(("alpha", "beta"), torch.rand(37)))
+    assert DISTS(weights).settings["vgg"].endswith("/learned")
 
 
 def test_dists_without_weights():
