@@ -20,6 +20,7 @@ FAMILIES = {
     "genkit.training.objectives": "genkit.training.objectives.base:Objective",
     "genkit.eval.metrics": "genkit.eval.metrics.base:Metric",
     "genkit.data": "genkit.data.base:Source",
+    "genkit.rewards": "genkit.rewards.base:Reward",
 }
 
 
@@ -73,6 +74,9 @@ def methods_of_run(folder: Path) -> list[str]:
         settings = yaml.safe_load(config.read_text(encoding="utf-8"))
         used |= {settings[key]["name"] for key in ("objective", "data") if isinstance(settings.get(key), dict)}
         used |= {n for n in [settings.get("model", {}).get("network")] if n}
+        for key in ("rewards", "held_out"):
+            judges = (settings.get("objective") or {}).get(key) or []
+            used |= {judge if isinstance(judge, str) else judge["name"] for judge in judges}
     for results in folder.rglob("results.json"):
         text = results.read_text(encoding="utf-8")
         used |= {name for name in methods() if re.search(rf'"{re.escape(name)}"', text)}

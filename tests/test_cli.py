@@ -42,20 +42,31 @@ def test_cite_a_method_and_a_run(tmp_path):
     (tmp_path / "config.yaml").write_text("objective: {name: flow_map}\nmodel: {network: dit}\ndata: {name: digits}\n")
     text = call("cite", tmp_path).output
     assert "2505.18825" in text and "2212.09748" in text and "2410.02416" not in text
+    rewards = "rewards: [{name: jpeg, weight: 2}], held_out: [pick_score]"
+    (tmp_path / "config.yaml").write_text(f"objective: {{name: leapalign, {rewards}}}\n")
+    text = call("cite", tmp_path).output
+    assert "2305.13301" in text and "2305.01569" in text and "2306.09341" not in text
 
 
 @pytest.mark.parametrize(
     ("method", "ids"),
-    [("fkc", ["2503.02819"]), ("fk_steering", ["2501.06848", "2510.05825"]), ("entropic", ["2510.05825"])],
+    [
+        ("jpeg", ["2305.13301"]),
+        ("hpsv2", ["2306.09341"]),
+        ("fkc", ["2503.02819"]),
+        ("fk_steering", ["2501.06848", "2510.05825"]),
+        ("entropic", ["2510.05825"]),
+    ],
 )
-def test_cite_particle_methods(method, ids):
+def test_cite_rewards_and_particle_methods(method, ids):
     """Also what is no method by itself, such as an annealing that methods take."""
     text = call("cite", method).output
     assert text.startswith(f"% {method}") and [i for i in ids if i in text] == ids and text.count("@") == len(ids)
 
 
 def test_cite_says_that_there_is_no_paper():
-    assert call("cite", "two_moons").output == "% two_moons: no docstring names a paper\n"
+    for name in ("two_moons", "thickness"):
+        assert call("cite", name).output == f"% {name}: no docstring names a paper\n"
 
 
 def test_a_paper_outside_the_bibliography_is_cited_by_its_id(monkeypatch):
