@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -15,9 +16,12 @@ from genkit.rewards import Reward
 from genkit.rewards import make as make_reward
 from genkit.schedulers.base import PathScheduler
 
+# A path, a name on the Hub or file.py:name, bare, as a whole value; it has a letter, so that 1/2 is none.
+_BARE = re.compile(r"(?<==)\s*(?=[^,]*[:/\\])(?=[^,]*[A-Za-z])[\w.~:/\\-]+\s*(?=,|$)")
+
 
 def parse_settings(setting: str, text: str, accepted: Iterable[str] | None = None) -> dict[str, Any]:
-    """``key=value,key=value`` with values as Python literals; a bare word stands for itself.
+    """``key=value,key=value`` with values as Python literals; a bare word, path or Hub name stands for itself.
 
     Args:
         setting: what it is, for errors.
@@ -27,16 +31,26 @@ def parse_settings(setting: str, text: str, accepted: Iterable[str] | None = Non
         ValueError: text of another form, or an unknown key.
     """
     try:
-        call = ast.parse(f"_({text})", mode="eval").body
-        if not isinstance(call, ast.Call) or call.args or any(k.arg is None for k in call.keywords):
-            raise SyntaxError
-        found = {str(k.arg): _value(k.value) for k in call.keywords}
+        found = _keywords(text)
     except (SyntaxError, ValueError):
-        raise ValueError(f"{setting}: {text!r} is not of the form key=value,key=value") from None
+        try:
+            found = _keywords(_BARE.sub(lambda match: repr(match[0].strip()), text))
+        except (SyntaxError, ValueError):
+            raise ValueError(
+                f"{setting}: {text!r} is not of the form key=value,key=value; texts other than words and paths take "
+                "quotes: key='some text'"
+            ) from None
     for key in found:
         if accepted is not None and key not in accepted:
             raise ValueError(unknown(f"{setting}: setting", key, accepted))
     return found
+
+
+def _keywords(text: str) -> dict[str, Any]:
+    call = ast.parse(f"_({text})", mode="eval").body
+    if not isinstance(call, ast.Call) or call.args or any(k.arg is None for k in call.keywords):
+        raise SyntaxError
+    return {str(k.arg): _value(k.value) for k in call.keywords}
 
 
 def _value(node: ast.expr) -> Any:

@@ -237,7 +237,12 @@ def test_settings_are_python_literals_and_bare_words():
     text = "a=1e-3,b=-2,c=gradient,d=[1,2],e={'name':'apg'},f='x, y',g=None,h=True"
     found = dict(a=1e-3, b=-2, c="gradient", d=[1, 2], e={"name": "apg"}, f="x, y", g=None, h=True)
     assert parse_settings("x", text) == found and parse_settings("x", "") == {}
-    for bad in ("1", "a=b.c", "a=f()", "**{}", "a=1)", "a=1)+_(b=2"):
+    text = "path=ink.py:ink,differentiable=false,model=openai/clip-vit, file=~/a.b/c_d.py:e,settings={'size': 3}"
+    found = dict(path="ink.py:ink", differentiable="false", model="openai/clip-vit", file="~/a.b/c_d.py:e")
+    assert parse_settings("x", text) == found | {"settings": {"size": 3}}
+    with pytest.raises(ValueError, match="take quotes: key='some text'"):
+        parse_settings("x", "a=two words")
+    for bad in ("1", "1/2", "a=1/2", "a=b:c d", "a=b.c", "a=f()", "**{}", "a=1)", "a=1)+_(b=2"):
         with pytest.raises(ValueError, match="not of the form"):
             parse_settings("x", bad)
 
