@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_serializer, model_validator
 from yaml import YAMLError
 
 from genkit.data.base import Source
@@ -60,6 +60,14 @@ class Model(BaseModel):
             raise ValueError(f"{', '.join(extra)} cannot be set with pretrained, which brings its own")
         return self
 
+    @model_serializer(mode="wrap")
+    def _given(self, handler):
+        """Without what cannot be set together, so that what a run writes can be run again."""
+        values = handler(self)
+        if self.pretrained is not None:
+            return {"pretrained": self.pretrained}
+        return {k: v for k, v in values.items() if k != "pretrained"}
+
     @property
     def settings(self) -> dict[str, Any]:
         return dict(self.model_extra or {})
@@ -78,7 +86,10 @@ class Adapter(Section):
 
 
 class Ema(Section):
-    """Averages of the weights, ``a <- a + (1 - d) (w - a)`` for each decay; the first is sampled and exported."""
+    """Averages of the weights, ``a <- a + (1 - d) (w - a)`` for each decay; the first is sampled and exported.
+
+    ``ema: null`` keeps none.
+    """
 
     decays: list[float] = [0.999]
 
@@ -192,6 +203,11 @@ class TrainConfig(Section):
     def _several(cls, value):
         return [value] if isinstance(value, str) else value
 
+    @field_validator("ema", mode="before")
+    @classmethod
+    def _none(cls, value):
+        return {"decays": []} if value is None or value is False else value
+
     @field_validator("lr_scheduler")
     @classmethod
     def _known(cls, value):
@@ -279,17 +295,40 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = (), *, data:
         if data is not None:
             merged.data = {"name": data}
         for override in overrides:
-            key, _, _ = override.partition("=")
-            # A whole section given as a name replaces what the file says of it.
-            if key in ("data", "objective", "optimizer"):
-                value = OmegaConf.from_dotlist([override])[key]
-                merged[key] = {"name": value} if isinstance(value, str) else value
-            else:
-                merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([override]))
+            _override(merged, override)
         values = OmegaConf.to_container(merged, resolve=True)
     except (YAMLError, OmegaConfBaseException) as error:
         raise ValueError(f"config={str(path)!r} cannot be read: {str(error).splitlines()[0]}") from None
     return validate(TrainConfig, values, "").check()  # type: ignore[arg-type]
+
+
+# What says of which kind a section is; its other settings belong to that kind.
+_KINDS = ("kind", "law", "name")
+
+
+def _override(config: Any, override: str) -> None:
+    """``key=value`` put into ``config``.
+
+    A mapping, a section given as a name, and another kind of section replace what is there: the settings of the former
+    kind mean nothing to it. Other optimisers keep the settings, most of which they share.
+
+    Raises:
+        ValueError: a key that leads through what holds no settings.
+    """
+    key, _, text = override.partition("=")
+    value = OmegaConf.from_dotlist([f"value={text}"])["value"]
+    section, _, last = key.rpartition(".")
+    if key in ("data", "objective", "optimizer") and isinstance(value, str):
+        value = {"name": value}
+    elif last in _KINDS and section and section != "optimizer":
+        there = OmegaConf.select(config, section)
+        if OmegaConf.is_dict(there) and there.get(last) != value:
+            key, value = section, {last: value}
+    try:
+        OmegaConf.update(config, key, value, merge=False, force_add=True)
+    except (TypeError, IndexError, AssertionError) as error:
+        reason = str(error).split("\n")[0] or "there is nothing of this name"
+        raise ValueError(f"override {override!r}: {reason}") from None
 
 
 M = typing.TypeVar("M", bound=BaseModel)
@@ -309,7 +348,10 @@ def _line(model: type[BaseModel], error, where: str) -> str:
     key = ".".join(filter(None, [where, *loc]))
     if error["type"] == "extra_forbidden":
         section = ".".join(filter(None, [where, *loc[:-1]]))
-        return unknown(f"unknown key in {section or 'the config'}: key", loc[-1], _fields(model, loc[:-1]))
+        accepted = _fields(model, loc[:-1])
+        if section and not accepted:
+            return f"unknown key in {section}: {loc[-1]!r}; it takes no settings"
+        return unknown(f"unknown key in {section or 'the config'}: key", loc[-1], accepted)
     if error["type"] == "missing":
         return f"{key} is missing and has no default"
     message = error["msg"].removeprefix("Value error, ")

@@ -1,5 +1,6 @@
 """Settings: overrides, and errors that say what is wrong."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -59,7 +60,7 @@ def test_a_section_given_as_a_name_replaces_it(recipe):
         ("objective.time_distribution=normal", "objective.time_distribution='normal': .*'uniform' or 'logit_normal'"),
         ("objective.name=flow_mtching", "objective.name='flow_mtching' is not known; did you mean 'flow_matching'"),
         ("data.name=digit", "data.name='digit' is not known; did you mean 'digits'"),
-        ("data.sed=1", "unknown key in data: key='sed'"),
+        ("data.sed=1", "unknown key in data: 'sed'; it takes no settings"),
         ("optimizer.name=Adamw2", "did you mean"),
         (
             "optimizer.weigt_decay=1",
@@ -105,3 +106,57 @@ def test_command(recipe, tmp_path, capsys):
     assert "set resume=latest" in capsys.readouterr().err
     assert main([str(recipe), "max_train_step=2"]) == 1
     assert capsys.readouterr().err.startswith("error: unknown key")
+
+
+LEAPS = CONFIGS / "digits" / "leapalign.yaml"
+
+
+@pytest.mark.parametrize(
+    "override, section, expected",
+    [
+        ("objective.loss.kind=linear", "loss", {"kind": "linear"}),
+        ("objective.loss={kind: target, value: 1}", "loss", {"kind": "target", "value": 1}),
+        ("objective.loss.threshold=-0.1", "loss", {"kind": "hinge", "threshold": -0.1}),
+        ("objective.loss.kind=hinge", "loss", {"kind": "hinge", "threshold": -0.05}),
+        ("objective.rewards.0.name=thickness", "rewards", [{"name": "thickness"}]),
+        ("objective.rewards[0].wanted=5", "rewards", [{"name": "digits", "wanted": 5}]),
+        ("objective.rewards=thickness", "rewards", "thickness"),
+    ],
+)
+def test_an_override_of_another_kind_leaves_nothing_of_the_former(override, section, expected):
+    assert load_config(LEAPS, [override]).objective.settings[section] == expected
+
+
+def test_another_source_by_its_name_takes_no_settings_of_the_former():
+    config = load_config(LEAPS, ["data.name=digits"])
+    assert config.data.name == "digits" and not config.data.settings
+
+
+def test_optimisers_share_their_settings():
+    config = load_config(LEAPS, ["optimizer.name=Adam"])
+    assert config.optimizer.name == "Adam" and config.optimizer.settings["lr"] == 5e-5
+
+
+def test_no_averages():
+    assert load_config(LEAPS, ["ema=null"]).ema.decays == []
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("objective.rewards.3.name=digits", "override 'objective.rewards.3.name=digits': list index out of range"),
+        ("objective.rewards=[{name: thickness, power: 2}]", "reward thickness: 'power'; it takes no settings"),
+        ("objective.rewards=[{name: jpeg, power: 2}]", "reward jpeg: key='power' is not known. Accepted: quality"),
+        ("objective.rewards=[{name: sharpness}]", "name='sharpness' is not known"),
+    ],
+)
+def test_overrides_that_lead_nowhere(override, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_config(LEAPS, [override])
+
+
+@pytest.mark.parametrize("recipe", [LEAPS, CONFIGS / "digits" / "flow_matching.yaml"])
+def test_what_a_run_writes_can_be_run_again(recipe, tmp_path):
+    config = load_config(recipe)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    assert load_config(tmp_path / "config.yaml") == config

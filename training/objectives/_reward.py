@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from genkit.denoisers.base import Denoiser
@@ -57,6 +57,11 @@ class RewardObjectiveConfig(ObjectiveConfig):
     prior_weight: float = Field(0.0, ge=0)
     stop_at_reward: float | None = None
     trend_window: int = Field(50, ge=4)
+
+    @field_validator("rewards", "held_out", mode="before")
+    @classmethod
+    def _one(cls, value):
+        return [value] if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _consistent(self):

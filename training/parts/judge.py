@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from genkit import rewards
@@ -13,6 +13,7 @@ from genkit.latents import decoded
 from genkit.registry import lookup
 from genkit.rewards.base import Prompts, Reward
 from genkit.rewards.weighted_sum import RewardSum
+from genkit.training.config import validate
 from genkit.training.parts.reward_loss import RewardLoss
 from genkit.training.parts.trends import Trends
 
@@ -31,8 +32,16 @@ class Component(BaseModel):
     std: float = Field(1.0, gt=0)
     label: str | None = None
 
-    def model_post_init(self, _context: Any) -> None:
-        lookup("genkit.rewards", Reward, self.name, setting="name").Config.model_validate(self.model_extra or {})
+    @model_validator(mode="before")
+    @classmethod
+    def _by_name(cls, value):
+        return {"name": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _known(self):
+        reward = lookup("genkit.rewards", Reward, self.name, setting="name")
+        validate(reward.Config, self.model_extra or {}, f"reward {self.name}")
+        return self
 
     @property
     def key(self) -> str:
