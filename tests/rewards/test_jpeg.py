@@ -28,6 +28,11 @@ def test_flat_images_are_small_and_noise_is_large():
     assert flat > noise + 1
 
 
+def test_grey_images_have_two_channels_less_to_store():
+    grey, colour = (rewards.make("jpeg")(tiny.images(3, c, 40, 56)) for c in (1, 3))
+    assert (grey > colour).all()
+
+
 def test_a_quality_that_there_is_not_is_refused():
     with pytest.raises(ValueError, match="quality"):
         rewards.make("jpeg", quality=101)
