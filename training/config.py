@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from yaml import YAMLError
 
 from genkit.data.base import Source
-from genkit.registry import lookup, unknown
+from genkit.registry import lookup, members, unknown
 from genkit.training.objectives.base import Objective
 
 
@@ -75,6 +75,8 @@ class Model(BaseModel):
 
 class Adapter(Section):
     """Which weights train: all (``full``), or low-rank updates (``lora``) beside the frozen ones.
+
+    What a recipe without this section trains is for the method to say: all of them, but by a reward a LoRA.
 
     ``target_modules`` are name endings as in PEFT; unset means the attention's projections.
     """
@@ -197,6 +199,16 @@ class TrainConfig(Section):
     health: Health = Health()
     rounds: Rounds | None = None
     distill: Distill | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _adapted(cls, values):
+        objective = values.get("objective") if isinstance(values, dict) else None
+        name = objective.get("name") if isinstance(objective, dict) else getattr(objective, "name", None)
+        known = members("genkit.training.objectives", Objective)
+        if name in known and "adapter" not in values:
+            return {**values, "adapter": {"kind": known[name].adapter}}
+        return values
 
     @field_validator("report_to", mode="before")
     @classmethod

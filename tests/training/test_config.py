@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from genkit.training.__main__ import main
-from genkit.training.config import load_config
+from genkit.training.config import TrainConfig, load_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RECIPES = sorted(CONFIGS.rglob("*.yaml"))
@@ -160,3 +160,10 @@ def test_what_a_run_writes_can_be_run_again(recipe, tmp_path):
     config = load_config(recipe)
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     assert load_config(tmp_path / "config.yaml") == config
+
+
+def test_a_reward_trains_a_lora_unless_told_otherwise():
+    values = load_config(LEAPS).model_dump(mode="json")
+    assert values.pop("adapter")["kind"] == "full"
+    assert TrainConfig(**values).adapter.kind == "lora"
+    assert TrainConfig(**(values | {"objective": {"name": "flow_matching"}})).adapter.kind == "full"

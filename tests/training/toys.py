@@ -1,6 +1,7 @@
 """Small runs that the trainer's tests share; as a script, the scenarios that need processes of their own."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from genkit.data.eight_gaussians import EightGaussians
 from genkit.denoisers import FunctionDenoiser
 from genkit.denoisers.base import Condition
 from genkit.interpolants import Linear
-from genkit.registry import members
+from genkit.registry import members, unknown
 from genkit.training.build import Run, build
 from genkit.training.config import TrainConfig
 from genkit.training.export import export
@@ -27,6 +28,7 @@ def settings(output_dir, **changes) -> dict:
     values = dict(
         output_dir=str(output_dir),
         model=model,
+        adapter=dict(kind="full"),
         objective=dict(name="flow_matching"),
         data=dict(name="digits"),
         optimizer=dict(name="AdamW", lr=2e-3),
@@ -149,7 +151,12 @@ def case_settings(folder, name: str, case: Case, teacher: Path, **changes) -> di
     return settings(folder, **(values | case.run | changes))
 
 
-PARALLEL = {f"{name}-{i}": (name, case) for name, cases in READY.items() for i, case in enumerate(cases)}
+# What runs on two processes: all methods, or those that a variable of the environment names.
+METHODS = [name for name in os.environ.get("GENKIT_METHODS", "").split(",") if name] or list(READY)
+for name in METHODS:
+    if name not in READY:
+        raise ValueError(unknown("GENKIT_METHODS", name, READY))
+PARALLEL = {f"{name}-{i}": (name, case) for name in METHODS for i, case in enumerate(READY[name])}
 
 
 # Runs anew, at a rate as in use: what leaves no residual too small to be held to relative errors.

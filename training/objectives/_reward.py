@@ -95,6 +95,7 @@ class RewardObjective(Objective):
 
     Config: ClassVar[type[RewardObjectiveConfig]] = RewardObjectiveConfig
     needs_samples = False
+    adapter = "lora"
     shards = False  # calls with and without gradient alternate, and rewards would be cut, too
     recomputes: bool = True  # by default, the calls of the network that gradients pass
 

@@ -99,7 +99,8 @@ class Objective(nn.Module, ABC):
     ``needs_samples`` is false where prompts or labels suffice, ``full_precision`` true where ``mixed_precision`` would
     drown what is learned from.
     ``needs_condition`` is false where the method brings its own condition and the data need not, ``shards`` where its
-    networks cannot lie in shards on several processes (FSDP).
+    networks cannot lie in shards on several processes (FSDP). ``adapter`` is what trains where a recipe does not say:
+    all weights (``full``), or a ``lora``.
     All random draws come from ``rng``, whose row ``j`` belongs to item ``j`` of the micro-batch, so that a loss does
     not depend on how a global batch was cut into micro-batches or spread over processes.
 
@@ -115,6 +116,7 @@ class Objective(nn.Module, ABC):
     needs_condition: ClassVar[bool] = True
     full_precision: ClassVar[bool] = False
     shards: ClassVar[bool] = True
+    adapter: ClassVar[Literal["full", "lora"]] = "full"
     needs_flow_map: ClassVar[bool] = False
     needs_teacher: ClassVar[Literal["never", "optional", "required"]] = "never"
 
