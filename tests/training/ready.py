@@ -29,6 +29,22 @@ class Case:
     learns: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Variant:
+    """A way of a strategy of reward fine-tuning, tried in closed form on a rollout of six calls.
+
+    Args:
+        settings: beside rewards and rollout.
+        calls: of the network in a step, where that is known.
+        mean: settings under which the first loss is the mean over the samples, times ``share``.
+    """
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    calls: range | None = None
+    mean: dict[str, Any] = field(default_factory=dict)
+    share: float = 1.0
+
+
 # For what has little left to learn from the weights of a teacher.
 ANEW = dict(model=dict(network="dit", hidden_size=16, num_layers=1, num_heads=2))
 
@@ -259,4 +275,25 @@ READY: dict[str, list[Case]] = {
             paths=(),
         ),
     ],
+}
+
+# Strategies of reward fine-tuning; one that is not here is tried with its default settings.
+VARIANTS: dict[str, list[Variant]] = {
+    "align_prop": [
+        Variant(calls=range(6, 7)),
+        Variant(dict(noise_scale=1.0, first_live=dict(law="uniform")), calls=range(6, 7)),
+    ],
+    "draft": [Variant(dict(live_steps=None), calls=range(6, 7)), Variant(dict(live_steps=3), calls=range(6, 7))],
+    # The sample, and two copies of it.
+    "draft_lv": [Variant(calls=range(8, 9), share=1 / 3)],
+    "drtune": [
+        Variant(dict(live_steps=2, early_stop=3), calls=range(1, 7)),
+        Variant(dict(live_steps=2, noise_scale=1.0), calls=range(1, 7)),
+    ],
+    "leapalign": [
+        Variant(calls=range(8, 9), mean=dict(similarity_weight=False)),
+        Variant(dict(pairs="sample"), calls=range(8, 9), mean=dict(similarity_weight=False)),
+        Variant(dict(form="joint", leaps=3), calls=range(6, 7), mean=dict(similarity_weight=False)),
+    ],
+    "refl": [Variant(dict(first=2), calls=range(1, 7))],
 }

@@ -27,7 +27,7 @@ every = pytest.mark.parametrize("name, i", CASES, ids=[f"{n}-{i}" for n, i in CA
 
 
 def test_every_objective_has_a_case():
-    assert set(READY) == set(OBJECTIVES)
+    assert set(READY) == set(OBJECTIVES), "tests/training/ready.py, READY: a case or more for each"
 
 
 @pytest.fixture(scope="module")

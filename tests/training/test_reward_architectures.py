@@ -10,6 +10,7 @@ from genkit.training import logs
 from genkit.training.export import export
 from genkit.training.objectives._reward import RewardObjective
 from tests.rewards import tiny as models
+from tests.training.ready import READY
 
 CLIP, CLASSIFIER, FUNCTION = "clip_score", "classifier", "function"
 BOTH, DETACHED = dict(guidance_scale=3.0), dict(guidance_scale=3.0, detach_unconditional=True)
@@ -32,6 +33,14 @@ SLOW = [
     ("flux", "drtune", dict(live_steps=2, early_stop=2), CLIP),
     ("flux", "align_prop", {}, CLASSIFIER),
 ]
+# What no row names is run as ready.py has it.
+NAMED = {run[1] for run in RUNS + SLOW}
+OTHERS = sorted(set(members("genkit.training.objectives", RewardObjective)) - NAMED)
+for one in OTHERS:
+    own = dict(READY[one][0].objective) if one in READY else {}
+    own = {key: value for key, value in own.items() if key not in ("rewards", "held_out")}
+    RUNS.append(("sd15", one, own, FUNCTION))
+    SLOW.append(("sd3", one, own, CLIP))
 ALL = RUNS + [pytest.param(*run, marks=pytest.mark.slow) for run in SLOW]
 
 
@@ -84,11 +93,9 @@ def test_the_adapter_changes_what_plain_diffusers_draws(
         tmp_path,
         model=dict(pretrained=str(path)),
         objective=dict(
-            name=strategy,
-            num_inference_steps=3,
+            **dict(name=strategy, num_inference_steps=3) | settings,
             rewards=[rewards[reward]],
             held_out=[rewards[watched]],
-            **settings,
         ),
         data=dict(name="prompts", prompts=["a cat", "two dogs", "a red hen"]),
         adapter=dict(kind="lora", rank=4, alpha=8),
