@@ -98,7 +98,7 @@ def load_flow_map(
     weight = next(denoiser.inner.parameters())
     flow_map = TwoTime(denoiser, embedder.to(weight.device))  # before anything is changed: it may refuse
     if config.get("weights") == LORA_NAME:
-        _load_lora(folder / LORA_NAME, denoiser.inner, adapter_name)
+        load_lora(folder / LORA_NAME, denoiser.inner, adapter_name)
     else:
         load_into(denoiser.inner, read_tensors(folder / NETWORK_NAME)[0], folder / NETWORK_NAME)
     return flow_map
@@ -137,7 +137,13 @@ def save_lora_weights(folder: Path, network: Any, adapter_name: str) -> None:
     )
 
 
-def _load_lora(file: Path, network: Any, adapter_name: str) -> None:
+def load_lora(file: Path, network: Any, adapter_name: str) -> None:
+    """Put the LoRA of ``file`` beside the weights of ``network`` as ``adapter_name``, and it alone in use.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a name that is taken, or a LoRA of another network; nothing is changed.
+    """
     from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 
     if adapter_name in getattr(network, "peft_config", {}):
@@ -176,12 +182,18 @@ def _load_lora(file: Path, network: Any, adapter_name: str) -> None:
 
 def fuse_lora(network: Any) -> None:
     """Write the one LoRA into the weights, and make the network what it was without PEFT."""
-    from diffusers.utils import recurse_remove_peft_layers
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for module in network.modules():
         if isinstance(module, BaseTunerLayer):
             module.merge()
+    unload_lora(network)
+
+
+def unload_lora(network: Any) -> None:
+    """Make the network what it was without PEFT."""
+    from diffusers.utils import recurse_remove_peft_layers
+
     if hasattr(network, "unload_lora"):
         network.unload_lora()
     else:

@@ -113,6 +113,7 @@ def sample(
     scheduler: Annotated[
         str | None, typer.Option(help="Scheduler by name, with settings: pndm, DDIMScheduler:clip_sample=False.")
     ] = None,
+    adapter: Annotated[list[str] | None, typer.Option(help="A LoRA: FOLDER, or FOLDER=0.7; several add up.")] = None,
     arguments: Annotated[
         str, typer.Option("--set", help="Others of the pipeline's call: height=512,negative_prompt='blurry'.")
     ] = "",
@@ -136,6 +137,7 @@ def sample(
         num_images=num_images,
         guider=guider,
         scheduler=scheduler,
+        adapters=adapter or [],
         arguments=arguments,
         seed=seed,
         batch_size=batch_size,

@@ -19,6 +19,7 @@ from genkit.denoisers.network import adapter_of, texts, unwrap
 from genkit.guidance.base import Guider
 from genkit.guidance.cfg import CFG
 from genkit.pipelines import classic
+from genkit.pipelines.lora import LoraLoading
 from genkit.registry import unknown
 from genkit.sampling import Particles, State, check_fit, set_timesteps, trajectory
 
@@ -54,7 +55,7 @@ def with_parts(init):
     return init
 
 
-class DenoiserPipeline(DiffusionPipeline):
+class DenoiserPipeline(LoraLoading, DiffusionPipeline):
     """A pipeline around any network that has an adapter (:func:`genkit.denoisers.wrap`).
 
     A subclass says in its ``__call__`` what it is asked for; this class has the rest. Prompts go through Diffusers' own

@@ -12,6 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
+from genkit.adapters import parse_adapter
 from genkit.guidance.base import Guider
 from genkit.pipelines.base import DenoiserPipeline
 from genkit.pipelines.by_name import parse_guider, parse_scheduler, parse_settings
@@ -74,6 +75,7 @@ def sample_to_folder(
     num_images: int = 1,
     guider: str | None = None,
     scheduler: str | None = None,
+    adapters: Sequence[str] = (),
     arguments: str = "",
     seed: int = 0,
     batch_size: int = 64,
@@ -96,6 +98,7 @@ def sample_to_folder(
         num_inference_steps: by default the pipeline's own.
         num_images: of each prompt or label; of an unconditional network, in all.
         guider, scheduler: see :func:`parse_guider`, :func:`parse_scheduler`.
+        adapters: LoRAs as ``folder`` or ``folder=0.7``, added up with these scales.
         arguments: others of the pipeline's call, as ``height=512,negative_prompt='blurry'``.
         dtype: ``float32``, ``float16`` or ``bfloat16``.
         offload: keep only the component that is computing on the device.
@@ -113,7 +116,10 @@ def sample_to_folder(
     lines = _lines(inputs)
     rule = None if guider is None else parse_guider(guider)
     extra = parse_settings("arguments", arguments)
+    loras = [parse_adapter(text) for text in adapters]
     pipe = load_pipeline(pipeline, dtype=DTYPES[dtype])
+    for i, (path, scale) in enumerate(loras):
+        pipe.load_lora_weights(path, f"adapter_{i}", scale)
     if scheduler is not None:
         pipe.register_modules(scheduler=parse_scheduler(scheduler, pipe.scheduler))
     call = inspect.signature(type(pipe).__call__).parameters
@@ -137,6 +143,8 @@ def sample_to_folder(
         "num_inference_steps": steps,
         "guider": None if rule is None else _plain(rule),
         "scheduler": _plain(pipe.scheduler),
+        # None without any: the folders that earlier versions made do not name them.
+        "adapters": [[str(Path(path).resolve()) if Path(path).exists() else path, s] for path, s in loras] or None,
         "arguments": extra,
         "dtype": dtype,
         "seed": seed,

@@ -1,0 +1,106 @@
+"""LoRAs loaded beside the weights of a pipeline's network, whichever network it is."""
+
+import math
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from diffusers.utils import set_weights_and_activate_adapters
+
+from genkit._files import local
+from genkit._flow_map_files import CONFIG_NAME, LORA_NAME, load_lora, unload_lora
+from genkit.denoisers.network import unwrap
+
+
+class LoraLoading:
+    """``load_lora_weights`` and ``unload_lora_weights`` of genkit's pipelines.
+
+    A network that takes prompts is left to Diffusers' own pipeline of the same components; any other gets the LoRA by
+    PEFT directly.
+    """
+
+    network: Any
+    classic: Any
+    _loras: Mapping[str, float] = MappingProxyType({})  # their scales
+
+    def load_lora_weights(self, path: str | Path, adapter_name: str = "default", scale: float = 1.0) -> None:
+        """Put the update ``scale (alpha / r) B A`` beside every weight that it was trained for.
+
+        Several LoRAs, each of a name of its own, add up.
+
+        Args:
+            path: a folder with a ``pytorch_lora_weights.safetensors``, as training, ``genkit adapters mix`` and
+                Diffusers write it, such a file, or a repository of the Hub.
+            adapter_name: unused so far.
+            scale: of the update; 0 is the base model.
+
+        Raises:
+            FileNotFoundError: no such adapter.
+            ValueError: a scale that is not finite, a name that is taken, an adapter of another network or of a flow
+                map, or a network that carries LoRAs which this pipeline did not load.
+        """
+        network: Any = unwrap(self.network)
+        if not math.isfinite(scale):
+            raise ValueError(f"scale={scale}: accepted is a finite number")
+        if adapter_name in self._loras:
+            raise ValueError(f"adapter_name={adapter_name!r} is taken: the pipeline has {sorted(self._loras)}")
+        strange = sorted(set(getattr(network, "peft_config", None) or ()) - set(self._loras))
+        if strange:
+            raise ValueError(f"{type(network).__name__} carries the LoRAs {strange}; fuse or unload them first")
+        file = Path(path)
+        if not file.is_file():
+            file = local(path, [LORA_NAME, CONFIG_NAME]) / LORA_NAME
+        if (file.parent / CONFIG_NAME).is_file():
+            raise ValueError(
+                f"{file.parent} holds a flow map, of which the LoRA is a part; load it with "
+                "FewStepPipeline.load_flow_map"
+            )
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} is no file; wanted a folder with a {LORA_NAME}, or such a file")
+        scales = {**self._loras, adapter_name: scale}
+        pipe = self.classic
+        # PEFT freezes the base, makes LoRAs trainable and leaves their dropout on.
+        trainable = {p for p in network.parameters() if p.requires_grad}
+        if pipe is None:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several are meant
+                load_lora(file, network, adapter_name)
+            set_weights_and_activate_adapters(network, list(scales), list(scales.values()))
+        else:
+            try:
+                pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=adapter_name)
+            except RuntimeError as error:  # shapes
+                raise ValueError(f"{file} does not fit {type(network).__name__}: {error}") from error
+            pipe.set_adapters(list(scales), list(scales.values()))
+        for parameter in network.parameters():
+            parameter.requires_grad_(parameter in trainable)
+        network.train(network.training)
+        self._loras = scales
+
+    def unload_lora_weights(self) -> None:
+        """Take all LoRAs away; the weights are those of before, bit for bit."""
+        if not self._loras:
+            return
+        pipe = self.classic
+        if pipe is None:
+            unload_lora(unwrap(self.network))
+        else:
+            pipe.unload_lora_weights()
+        self._loras = {}
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As in Diffusers.
+
+        Raises:
+            ValueError: the network carries LoRAs, which a folder of a pipeline cannot hold.
+        """
+        network: Any = unwrap(self.network)
+        names = sorted(getattr(network, "peft_config", None) or ())
+        if names:
+            raise ValueError(
+                f"{type(network).__name__} carries the LoRAs {names}, which the folder of a pipeline cannot hold: save "
+                "after unload_lora_weights(), and share the LoRAs by themselves"
+            )
+        super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
