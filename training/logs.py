@@ -1,6 +1,8 @@
-"""What a run writes down: ``metrics.jsonl`` always, trackers by name, a progress bar in a terminal."""
+"""What a run writes down: ``metrics.jsonl`` always, trackers by name, a bar in a terminal or else lines."""
 
 import json
+import logging
+import re
 import sys
 import time
 from collections.abc import Mapping
@@ -17,6 +19,7 @@ from tqdm.auto import tqdm
 from genkit.registry import unknown
 
 FILE = "metrics.jsonl"
+logger = logging.getLogger("genkit.training")
 
 
 def check_trackers(names: list[str]) -> None:
@@ -49,6 +52,7 @@ class Metrics:
     Args:
         folder: where ``metrics.jsonl`` is; lines after ``start_step`` are dropped from it.
         total: steps of the whole run, for the bar.
+        quiet: neither bar nor lines.
     """
 
     def __init__(self, accelerator: Accelerator, folder: Path, start_step: int, total: int, quiet: bool):
@@ -59,6 +63,8 @@ class Metrics:
         if main:
             truncate(self.path, start_step)
         hidden = not main or quiet or not sys.stderr.isatty()
+        self._tells = main and not quiet and hidden
+        self._total = total
         self.bar = tqdm(initial=start_step, total=total, desc="training", unit="step", disable=hidden)
         self._clock, self._steps = time.perf_counter(), 0
 
@@ -84,7 +90,10 @@ class Metrics:
         self._clock, self._steps = now, 0
         last = {k: v for k, v in lines[-1].items() if k != "step"}
         self.accelerator.log(last | speed, step=int(lines[-1]["step"]))
-        self.bar.set_postfix({k: f"{v:.4g}" for k, v in last.items() if k.startswith("loss")})
+        self.bar.set_postfix({k: f"{v:.4g}" for k, v in last.items() if k.startswith("loss") or k == "reward"})
+        if self._tells:
+            told = (f"{k} {v:.4g}" for k, v in last.items() if re.match(r"(loss|reward)(/|$)", k))
+            logger.info("step %d of %d: %s", lines[-1]["step"], self._total, ", ".join(told))
         return lines
 
     def _numbers(self) -> list[dict[str, float]]:
