@@ -185,7 +185,7 @@ def pairs(
     quiet: Quiet = False,
 ) -> None:
     """Make pairs of noise and a model's samples, scored or not, to train on; run again, it goes on."""
-    from genkit.pipelines.pairs import make_pairs
+    from genkit.pipelines.pairs import make_pairs, score_summary
 
     folder = make_pairs(
         pipeline,
@@ -209,6 +209,9 @@ def pairs(
         offload=offload,
         quiet=quiet,
     )
+    if reward is not None and not quiet:
+        told = ", ".join(f"{name} {value:.6g}" for name, value in score_summary(folder).items())
+        typer.echo(f"scores: {told}", err=True)
     typer.echo(folder)
 
 

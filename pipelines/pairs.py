@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -15,6 +16,7 @@ from tqdm.auto import tqdm
 from genkit.data.pairs import (
     FORMAT,
     MANIFEST,
+    Pairs,
     check_noise,
     fingerprint,
     noise,
@@ -158,6 +160,23 @@ def make_pairs(
             score = torch.cat(scores) if scores else None
             _write_shard(output, manifest, number, torch.cat(parts), score, [asked[i % len(asked)] for i in items])
     return output
+
+
+def score_summary(folder: Path) -> dict[str, float]:
+    """``min``, ``25%``, ``50%``, ``75%`` and ``max`` of the scores of the pairs in ``folder``, the number ``kept``, and
+    the number ``dropped`` because they, or their scores, were not finite: what a threshold is chosen by.
+
+    Raises:
+        FileNotFoundError: no pairs there.
+        ValueError: pairs without scores.
+    """
+    pairs = Pairs(path=folder)
+    scores = pairs.scores()
+    if scores is None:
+        raise ValueError(f"{str(folder)!r} holds pairs without scores; make them with a reward")
+    values = numpy.quantile(scores.double().numpy(), [0, 0.25, 0.5, 0.75, 1]).tolist()
+    counts = {"kept": len(scores), "dropped": sum(len(record["skipped"]) for record in pairs.records)}
+    return dict(zip(("min", "25%", "50%", "75%", "max"), values, strict=True)) | counts
 
 
 class _Sampler:

@@ -19,7 +19,7 @@ from genkit.data.pairs import Pairs, fingerprint, noise, shard_count, shard_path
 from genkit.networks.dit import DiT
 from genkit.pipelines import ClassConditionalPipeline
 from genkit.pipelines import pairs as module
-from genkit.pipelines.pairs import make_pairs
+from genkit.pipelines.pairs import make_pairs, score_summary
 from genkit.rng import ItemRNG
 from genkit.sampling import sample, set_timesteps
 from genkit.testing import tiny
@@ -174,7 +174,7 @@ def scorer(tmp_path):
 
     def reward(name, takes=None):
         takes = "" if takes is None else f",takes={takes}"
-        return f"function:path='{tmp_path / 'scorer.py'}:{name}',differentiable=False{takes}"
+        return f"function:path={tmp_path / 'scorer.py'}:{name},differentiable=False{takes}"
 
     return reward
 
@@ -223,6 +223,12 @@ def test_a_sample_without_a_score_is_left_out(folder, tmp_path, scorer):
     output = make_pairs(folder, tmp_path / "pairs", num=8, batch_size=4, reward=scorer("broken"), **SETTINGS)
     assert json.loads(shard_paths(output, 0)[1].read_text())["skipped"] == [1, 5]
     assert len(rows(output)[0]) == 6 and rows(output)[1]["score"].isfinite().all()
+    found = score_summary(output)
+    assert found.pop("kept") == 6 and found.pop("dropped") == 2
+    wanted = rows(output)[1]["score"].double().quantile(torch.tensor([0, 0.25, 0.5, 0.75, 1]).double())
+    assert list(found.values()) == pytest.approx(wanted.tolist()) and list(found) == ["min", "25%", "50%", "75%", "max"]
+    with pytest.raises(ValueError, match="pairs without scores"):
+        score_summary(make_pairs(folder, tmp_path / "plain", num=2, **SETTINGS))
 
 
 def test_rewards_that_do_not_fit_are_refused(folder, tmp_path, scorer):
@@ -431,7 +437,11 @@ def test_command(folder, tmp_path):
     assert result.exit_code == 0, result.output
     assert rows(tmp_path / "pairs")[1]["class_labels"].tolist() == [1, 2, 1, 2, 1]
     assert (rows(tmp_path / "pairs")[1]["score"] < 0).all()
-    assert Path(result.stdout.strip()) == tmp_path / "pairs"
+    assert Path(result.stdout.strip()) == tmp_path / "pairs" and "scores:" not in result.output
+    told = CliRunner().invoke(app, [a for a in arguments if a != "--quiet"])  # nothing is left to do
+    assert Path(told.stdout.strip()) == tmp_path / "pairs"
+    found = score_summary(tmp_path / "pairs")
+    assert f"scores: min {found['min']:.6g}, 25% " in told.stderr and "kept 5, dropped 0" in told.stderr
 
 
 def test_noise_is_that_of_the_item():
