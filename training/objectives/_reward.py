@@ -87,6 +87,22 @@ class RewardObjective(Objective):
 
     A sample whose reward is not finite is dropped: it counts in the batch, with loss and gradient 0.
 
+    Logged at every step, as means over its samples:
+
+    ====================== ==========================================================================================
+    ``loss``               what the setting ``loss`` makes of ``reward``, plus ``prior_weight`` times ``prior``; under
+                           LeapAlign each sample's times its similarity weight
+    ``reward``             the weighted sum of the trained ones, each as ``(r - mean) / std``
+    ``reward/<label>``     every trained and held-out one, as it is
+    ``hinge_active``       share of samples below the threshold of ``loss: {kind: hinge}``
+    ``dropped``            how many samples of a micro-batch had no finite reward
+    ``diversity``          rms distance of pictures from others of the same prompt, where a micro-batch has such
+    ``distance_from_base`` norm of the change of the weights since training began; of a LoRA, of the change it makes
+    ``prior``              squared distance from the base model's predictions, under ``prior_weight``
+    ``d_0``, ``d_j``       LeapAlign: how far off the trajectory the last leap lands, and those before it
+    ``similarity_weight``  LeapAlign: ``1 / sum max(d, tau)``
+    ====================== ==========================================================================================
+
     Raises:
         ValueError: a reward without gradient, or that cannot take the pictures; a scheduler that clips; a model that
             says nothing of the clean sample where sampling begins.
