@@ -27,7 +27,7 @@ from genkit.training.trainer import Trainer
 BOUND, LSD_BOUND = 1.05, 2.0
 MODEL = dict(patch_size=4, hidden_size=160, num_layers=4, num_heads=4, mlp_ratio=3.0)  # that of the demo
 BATCH, STEPS, LR, CLIP, DECAY, DIAGONAL, H = 128, 10**6, 1e-3, 10.0, 0.995, 0.5, 5e-3
-ROUNDS, STEPS_A_ROUND = 24, 4
+ROUNDS, STEPS_A_ROUND = 40, 4
 
 OBJECTIVES = {
     "flow_matching": dict(name="flow_matching"),
