@@ -59,6 +59,11 @@ def read_json(file: Path) -> dict[str, Any]:
         raise ValueError(f"{file} is truncated or no JSON file: {error}") from error
 
 
+def first_line(error: Exception) -> str:
+    """What an error says first, for one line that names the setting."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
+
+
 def listing(folder: Path) -> str:
     """Names of what is in ``folder``, for an error."""
     return ", ".join(sorted(path.name for path in folder.iterdir())[:10]) or "an empty folder"

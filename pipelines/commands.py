@@ -12,6 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
+from genkit._files import first_line
 from genkit.adapters import parse_adapter
 from genkit.guidance.base import Guider
 from genkit.pipelines.base import DenoiserPipeline
@@ -38,7 +39,7 @@ def load_pipeline(pipeline: str | Path, **kwargs: Any) -> DenoiserPipeline:
 
     Raises:
         FileNotFoundError: no pipeline there.
-        ValueError: a pipeline that makes images of neither prompts nor labels.
+        ValueError: a pipeline that makes images of neither prompts nor labels, or a part is missing there.
     """
     folder = Path(pipeline)
     if not (folder / "model_index.json").is_file() and (
@@ -48,7 +49,9 @@ def load_pipeline(pipeline: str | Path, **kwargs: Any) -> DenoiserPipeline:
     try:
         index: dict = DiffusionPipeline.load_config(str(pipeline))  # type: ignore[assignment]
     except OSError as error:
-        raise FileNotFoundError(f"pipeline={str(pipeline)!r} is no folder, nor found on the Hub: {error}") from error
+        raise FileNotFoundError(
+            f"pipeline={str(pipeline)!r} is no folder, nor found on the Hub: {first_line(error)}"
+        ) from error
     name = index["_class_name"]
     if name in PIPELINES:
         cls: type[DenoiserPipeline] = PIPELINES[name]
@@ -61,7 +64,13 @@ def load_pipeline(pipeline: str | Path, **kwargs: Any) -> DenoiserPipeline:
             f"pipeline={str(pipeline)!r} is a {name}; accepted are {', '.join(PIPELINES)} and the pipelines of "
             "Diffusers whose components these take"
         )
-    return cls.from_pretrained(str(pipeline), **kwargs)
+    try:
+        return cls.from_pretrained(str(pipeline), **kwargs)
+    except OSError as error:
+        raise ValueError(
+            f"pipeline={str(pipeline)!r} could not be read: {first_line(error)}; accepted are a whole "
+            "pipeline folder and a name (owner/name) on the Hub"
+        ) from error
 
 
 def sample_to_folder(

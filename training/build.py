@@ -12,6 +12,7 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import nn
 
+from genkit._files import first_line
 from genkit.autoregressive import Autoregressive
 from genkit.data.base import Source
 from genkit.denoisers import TwoTime, from_pipeline
@@ -135,9 +136,20 @@ def load_pipeline(name: str, setting: str) -> DiffusionPipeline:
     """A pipeline of Diffusers or genkit from its folder, or from the Hub by ``owner/name``.
 
     Raises:
-        ValueError: neither a folder with a ``model_index.json`` nor such a name.
+        ValueError: neither a folder with a ``model_index.json`` nor such a name, or a part is missing there.
     """
     folder = _folder(name, setting)
+    try:
+        return _loaded(name, folder)
+    except OSError as error:
+        what = "there is no such folder, and the Hub gave none" if folder is None else "it could not be read"
+        raise ValueError(
+            f"{setting}={name!r}: {what}: {first_line(error)}; accepted are a pipeline folder, with a "
+            "model_index.json, and a name (owner/name) on the Hub"
+        ) from error
+
+
+def _loaded(name: str, folder: Path | None) -> DiffusionPipeline:
     if folder is None:
         return DiffusionPipeline.from_pretrained(name, dtype=torch.float32)
     index = json.loads((folder / "model_index.json").read_text())

@@ -1,0 +1,42 @@
+"""What cannot be loaded is said in one line that names the setting."""
+
+import pytest
+
+from genkit import rewards
+from genkit.pipelines.commands import load_pipeline as load_for_sampling
+from genkit.testing import tiny
+from genkit.training import __main__ as command
+from genkit.training.build import load_pipeline
+
+
+def test_a_folder_that_is_not_there_and_looks_like_a_name(tmp_path, capsys):
+    with pytest.raises(ValueError, match=r"model.pretrained='outputs/nowhere': .*; accepted are .*owner/name") as found:
+        load_pipeline("outputs/nowhere", "model.pretrained")
+    assert "\n" not in str(found.value)
+    (tmp_path / "run.yaml").write_text(
+        f"output_dir: {tmp_path / 'run'}\nmodel: {{pretrained: outputs/nowhere}}\ndata: {{name: digits}}\n"
+        "objective: {name: flow_matching}\nmax_train_steps: 1\nglobal_batch_size: 2\n"
+    )
+    assert command.main([str(tmp_path / "run.yaml")]) == 1
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith(
+        "error: model.pretrained='outputs/nowhere': there is no such folder, and the Hub gave none"
+    )
+
+
+def test_a_folder_that_is_not_whole(tmp_path):
+    tiny.pipeline("dit").save_pretrained(tmp_path)
+    for file in (tmp_path / "transformer").glob("*.safetensors"):
+        file.unlink()
+    with pytest.raises(ValueError, match="teacher=.*: it could not be read: .*; accepted are") as found:
+        load_pipeline(str(tmp_path), "teacher")
+    assert "\n" not in str(found.value)
+    with pytest.raises(ValueError, match="pipeline=.* could not be read: .*; accepted are"):
+        load_for_sampling(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["pick_score", "hpsv2", "aesthetic"])
+def test_a_reward_whose_weights_are_not_to_be_had(name):
+    with pytest.raises(ValueError, match=rf"reward='{name}' with model='.*/.*' could not be loaded: .*; acc") as found:
+        rewards.make(name)
+    assert "\n" not in str(found.value)
