@@ -13,21 +13,21 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import yaml
 from diffusers import DiffusionPipeline
 from rich.console import Console
 from rich.table import Table
 
+from genkit._files import first_line
 from genkit._flow_map_files import fuse_lora
 from genkit.denoisers import TwoTime
 from genkit.hub import model_card
-from genkit.pipelines.commands import PIPELINES
 from genkit.pipelines.few_step import FewStepPipeline
-from genkit.registry import members, unknown
+from genkit.registry import unknown
 from genkit.training.adapters import base_network
 from genkit.training.build import Run, build
 from genkit.training.calls import counting
+from genkit.training.card import base_model, usage
 from genkit.training.config import TrainConfig, load_config
 from genkit.training.export import export, save_pipeline
 from genkit.training.few_steps import measure_few_steps
@@ -155,7 +155,7 @@ def distill(
         del trainer, run
     rows = measure_few_steps(pipeline, source, config, quiet=quiet)
     (output / "few_steps.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
-    code = usage(pipeline)
+    code = usage(pipeline, _few_steps(pipeline))
     metrics |= {f"{k} ({row['steps']} steps)": v for row in rows for k, v in row.items() if k != "steps"}
     card = model_card(
         method,
@@ -164,7 +164,7 @@ def distill(
         code,
         title=f"{_named(teacher)} in few steps",
         description=f"Distilled from `{teacher}` by {method}, in {config.max_train_steps} training steps.",
-        base_model=teacher if not Path(teacher).exists() else None,
+        base_model=base_model(teacher),
     )
     (pipeline / "README.md").write_text(str(card), encoding="utf-8")
     _report(console, metrics, rows, code)
@@ -188,7 +188,10 @@ def _pipeline_class(teacher: str) -> str:
             raise FileNotFoundError(
                 f"teacher={teacher!r} is neither a pipeline folder nor a name (owner/name) on the Hub"
             )
-    index: dict[str, Any] = DiffusionPipeline.load_config(teacher)  # type: ignore[assignment]
+    try:
+        index: dict[str, Any] = DiffusionPipeline.load_config(teacher)  # type: ignore[assignment]
+    except OSError as error:
+        raise FileNotFoundError(f"teacher={teacher!r} was not found on the Hub: {first_line(error)}") from error
     name = index["_class_name"]
     return name if isinstance(name, str) else name[-1]  # a portable folder names the file, too
 
@@ -256,24 +259,11 @@ def _report(console: Console, metrics: dict[str, float], rows: list[dict[str, An
     console.print(f"\nTo use the student:\n\n{code}\n", markup=False)
 
 
-def usage(folder: Path) -> str:
-    """Lines of Python that load the pipeline in ``folder`` and, where it makes pictures of noise, draw with it."""
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    name, where = index["_class_name"], folder.as_posix()
+def _few_steps(folder: Path) -> int:
+    """The steps that the student in ``folder`` was trained for."""
     file = folder / "scheduler" / "scheduler_config.json"
     scheduler = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    steps = len(scheduler.get("trained_times") or [1])
-    asked = '"a lighthouse at dusk"' if index.get("text_encoder", [None])[0] else "class_labels=[0, 1, 2, 3]"
-    if hasattr(diffusers, name):
-        return (
-            "import genkit  # makes its schedulers known to Diffusers\n"
-            "from diffusers import DiffusionPipeline\n"
-            f'pipe = DiffusionPipeline.from_pretrained("{where}")\n'
-            f"images = pipe({asked}, num_inference_steps={steps}, guidance_scale=1.0).images"
-        )
-    cls = next(c for c in members("genkit.pipelines", DiffusionPipeline).values() if c.__name__ == name)
-    lines = f'from {cls.__module__} import {name}\npipe = {name}.from_pretrained("{where}")'
-    return lines + (f"\nimages = pipe({asked}, num_inference_steps={steps}).images" if name in PIPELINES else "")
+    return len(scheduler.get("trained_times") or [1])
 
 
 def main(**arguments: Any) -> int:

@@ -13,6 +13,7 @@ from genkit.denoisers import TwoTime
 from genkit.hub import save_flow_map
 from genkit.training.adapters import base_network, save_lora
 from genkit.training.build import Run, build
+from genkit.training.card import write_card
 from genkit.training.roles import TrainedRole
 from genkit.training.sharding import is_sharded
 from genkit.training.trainer import Trainer
@@ -23,8 +24,9 @@ def export(trainer: Trainer) -> Path:
 
     A two-time student of a Diffusers network: ``flow_map/``, for :func:`genkit.hub.load_flow_map`. A LoRA: ``lora/``,
     for ``pipe.load_lora_weights``. Anything else, and whatever a method has a pipeline of its own for: ``pipeline/``, a
-    Diffusers pipeline folder, with the LoRA of a network of two times fused, since more was trained than it. Where the
-    student is frozen, the trained role in its place: a folder of its name, for the ``from_pretrained`` of its class.
+    Diffusers pipeline folder with a model card, and with the LoRA of a network of two times fused, since more was
+    trained than it. Where the student is frozen, the trained role in its place: a folder of its name, for the
+    ``from_pretrained`` of its class.
     """
     run = trainer.run
     output_dir = run.config.output_dir
@@ -43,10 +45,12 @@ def export(trainer: Trainer) -> Path:
         own = run.objective.pipeline(run.pipe)
         if own is not None:
             own.save_pretrained(output_dir / "pipeline")
+            write_card(output_dir / "pipeline", run.config)
             return output_dir / "pipeline"
         if run.config.adapter.kind == "lora" and not run.objective.needs_flow_map:
             return save_lora(run.student, output_dir / "lora")
         save_pipeline(run, output_dir / "pipeline")
+        write_card(output_dir / "pipeline", run.config)
     return output_dir / "pipeline"
 
 

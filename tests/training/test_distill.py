@@ -14,8 +14,9 @@ from typer.testing import CliRunner
 from genkit import cli
 from genkit.testing import tiny
 from genkit.training.build import build
+from genkit.training.card import usage
 from genkit.training.config import Named, TrainConfig
-from genkit.training.distill import Recipe, choose, distill, recipes, usage
+from genkit.training.distill import Recipe, _few_steps, choose, distill, recipes
 from genkit.training.few_steps import STEPS
 from genkit.training.memory import footprints, optimizer_states
 
@@ -161,7 +162,7 @@ def test_what_is_saved(name, students):
     rows = json.loads((folder / name / "few_steps.json").read_text())
     assert [row["steps"] for row in rows] == list(steps) and all(row["network_calls"] == row["steps"] for row in rows)
     card = (folder / name / "pipeline" / "README.md").read_text()
-    assert usage(folder / name / "pipeline") in card and f"- {method}" in card
+    assert usage(folder / name / "pipeline", _few_steps(folder / name / "pipeline")) in card and f"- {method}" in card
     for row in rows:
         assert f"network_calls ({row['steps']} steps)" in card
         known = {"frechet_distance", "class_accuracy", "recall"}
