@@ -23,6 +23,7 @@ class LoraLoading:
 
     network: Any
     classic: Any
+    components: Any
     _loras: Mapping[str, float] = MappingProxyType({})  # their scales
 
     def load_lora_weights(self, path: str | Path, adapter_name: str = "default", scale: float = 1.0) -> None:
@@ -94,13 +95,13 @@ class LoraLoading:
         """As in Diffusers.
 
         Raises:
-            ValueError: the network carries LoRAs, which a folder of a pipeline cannot hold.
+            ValueError: a component carries LoRAs, which a folder of a pipeline cannot hold.
         """
-        network: Any = unwrap(self.network)
-        names = sorted(getattr(network, "peft_config", None) or ())
-        if names:
-            raise ValueError(
-                f"{type(network).__name__} carries the LoRAs {names}, which the folder of a pipeline cannot hold: save "
-                "after unload_lora_weights(), and share the LoRAs by themselves"
-            )
+        for part in self.components.values():
+            names = sorted(getattr(part, "peft_config", None) or ())
+            if names:
+                raise ValueError(
+                    f"{type(part).__name__} carries the LoRAs {names}, which the folder of a pipeline cannot hold: "
+                    "save after unload_lora_weights(), and share the LoRAs by themselves"
+                )
         super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
