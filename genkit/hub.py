@@ -102,7 +102,7 @@ def model_card(
     *,
     title: str | None = None,
     description: str = "",
-    license: str = "apache-2.0",
+    license: str | None = None,
     base_model: str | None = None,
     tags: tuple[str, ...] = (),
 ):
@@ -113,6 +113,7 @@ def model_card(
         config: anything JSON takes.
         metrics: by name.
         code: how to use it; by default the line that loads a portable folder.
+        license: of the weights, where that is known: what is trained from others' weights keeps theirs.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
