@@ -91,7 +91,7 @@ def mmhm(
     with np.errstate(divide="ignore"):  # without clipping u may be -eps, whose published score is 0
         scores = w.sum() / (w / (eps + u)).sum(axis=1)
     used = {name: {"min": float(a), "max": float(b)} for name, a, b in zip(metrics, lo, hi, strict=True)}
-    return MMHM(scores, u, used, ((z < lo) | (z > hi)).any(axis=1))
+    return MMHM(scores, u, used, np.any((z < lo) | (z > hi), axis=1))
 
 
 def pareto_front(

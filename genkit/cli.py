@@ -263,6 +263,44 @@ def evaluate(
     )
 
 
+@evaluation.command("mmhm")
+def rank_by_mmhm(
+    table: Annotated[Path, typer.Argument(help="CSV or JSON rows with fid, is_mean, clip_score and pick_score.")],
+    metrics: Annotated[
+        str | None, typer.Option(help="Others than those four: fid,lpips:min,psnr:max (which way is better).")
+    ] = None,
+    weights: Annotated[str | None, typer.Option(help="By metric, 1 if not named: fid=2,clip_score=0.5.")] = None,
+    eps: Annotated[float, typer.Option(help="Added to each normalised metric; as published by default.")] = 1e-3,
+    bounds: Annotated[
+        Path | None, typer.Option(help="JSON of an earlier call, whose bounds to take instead of this table's.")
+    ] = None,
+    clip: Annotated[bool, typer.Option("--clip/--no-clip", help="Keep rows outside of given bounds at them.")] = True,
+    force: Annotated[
+        bool, typer.Option("--force", help="Rank rows of different protocols together; the result says so.")
+    ] = False,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write ranking, bounds and notes here.")] = None,
+    csv_path: Annotated[Path | None, typer.Option("--csv", help="Write the ranked rows here.")] = None,
+    html_path: Annotated[Path | None, typer.Option("--html", help="Write a report here.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing.")] = False,
+) -> None:
+    """Rank the settings in a results table by MMHM, with bounds, stability, Pareto front and ties."""
+    from genkit.eval.selection import main
+
+    main(
+        table,
+        metrics=metrics,
+        weights=weights,
+        eps=eps,
+        bounds=bounds,
+        clip=clip,
+        force=force,
+        json_path=json_path,
+        csv_path=csv_path,
+        html_path=html_path,
+        quiet=quiet,
+    )
+
+
 @app.command()
 def doctor() -> None:
     """Print versions, devices, attention backends, and what is missing with the command that installs it."""
