@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from genkit.eval.mmhm import METRICS, Direction, comparable, mmhm, pareto_front, ranking, stability
-from genkit.eval.tables import Row, differences, find_column, numbers, protocol, read_rows, write_csv
+from genkit.eval.tables import Row, differences, find_column, numbers, plain, protocol, read_rows, write_csv
 
 ALIASES = {
     "fid": ("fid",),
@@ -164,7 +164,7 @@ def parse_weights(text: str) -> dict[str, float]:
 
 
 def _canonical(name: str) -> str:
-    name = name.strip().lower().replace(" ", "_").replace("-", "_")
+    name = plain(name)
     return next((known for known, names in ALIASES.items() if name in names), name)
 
 
@@ -299,6 +299,7 @@ def _write_html(path: str | Path, result: Mapping[str, Any], title: str) -> None
 def _number(cell: Any) -> Any:
     """A CSV cell as what it says, so that the report sorts it as a number."""
     try:
-        return float(cell) if isinstance(cell, str) and math.isfinite(float(cell)) else cell
+        value = float(cell) if isinstance(cell, str) else math.nan
     except ValueError:
         return cell
+    return cell if not math.isfinite(value) else int(value) if value.is_integer() else value

@@ -1,6 +1,7 @@
 """Tables of results: rows of CSV or JSON files, their columns by name, and whether their protocols agree."""
 
 import csv
+import io
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -38,7 +39,10 @@ def read_rows(path: str | Path) -> list[Row]:
 
 
 def _csv(path: Path, text: str) -> list[Row]:
-    lines = [line for line in csv.reader(text.splitlines(keepends=True)) if line]
+    try:
+        lines = [line for line in csv.reader(io.StringIO(text, newline="")) if line]
+    except csv.Error as error:
+        raise ValueError(f"{path}: not CSV: {error}") from error
     head = [name.strip() for name in lines[0]] if lines else []
     for name in head:
         if head.count(name) > 1:
@@ -67,14 +71,19 @@ def _of_result(row: Row) -> Row:
     return {"generated": name, **row["values"], "nfe": row.get("nfe"), "protocol": protocol}
 
 
+def plain(name: str) -> str:
+    """A column's name in the writing in which names are compared: ``CLIP Score`` is ``clip_score``."""
+    return name.strip().lower().replace(" ", "_").replace("-", "_")
+
+
 def find_column(rows: Sequence[Row], names: Sequence[str]) -> str | None:
-    """The column that bears one of ``names``; case, and a blank or hyphen in place of ``_``, do not matter.
+    """The column that bears one of ``names``, as ``plain`` compares them; ``None`` if there is none.
 
     Raises:
         ValueError: several do.
     """
-    columns = dict.fromkeys(name for row in rows for name in row)
-    found = [column for column in columns if column.strip().lower().replace(" ", "_").replace("-", "_") in names]
+    columns, wanted = dict.fromkeys(name for row in rows for name in row), set(map(plain, names))
+    found = [column for column in columns if plain(column) in wanted]
     if len(found) > 1:
         raise ValueError(f"columns {' and '.join(map(repr, found))} name the same thing; rename or remove one")
     return found[0] if found else None

@@ -193,6 +193,7 @@ def test_other_metrics_and_weights(tmp_path):
     assert rank_rows(rows, **chosen)["rows"][0]["name"] == "c"
     got = rank_rows(rows, weights=parse_weights("psnr=100"), **chosen)
     assert got["rows"][0]["name"] == "b" and got["weights"] == {"lpips": 1, "psnr": 100}
+    assert rank_rows(rows, metrics={"Lpips": "min", "PSNR": "max"}, eps=0.1)["bounds"]["PSNR"] == {"min": 20, "max": 30}
     assert parse_metrics("clip, IS:min") == {"clip_score": "max", "inception_score": "min"}
     for text in ("lpips", "lpips:low", "", "fid,fid"):
         with pytest.raises(ValueError, match="metrics: "):
@@ -248,6 +249,12 @@ def test_refuses_files(tmp_path):
     table = put(tmp_path / "t.csv", *ROWS)
     assert "would overwrite" in refuses(table, "--csv", table)
     assert "does not exist" in refuses(table, "--json", tmp_path / "no" / "r.json")
+
+
+def test_csv_cells_may_hold_line_breaks_and_commas(tmp_path):
+    rows = [{"fid": 1.5, "note": 'two\nlines, "quoted"\u2028and more', "protocol": {"n": 9}}]
+    write_csv(tmp_path / "t.csv", rows)
+    assert read_rows(tmp_path / "t.csv") == [{**rows[0], "fid": "1.5", "protocol": '{"n": 9}'}]
 
 
 def test_a_spreadsheets_mark_before_the_head_is_no_part_of_it(tmp_path):
