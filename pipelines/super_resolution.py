@@ -16,7 +16,7 @@ from genkit._flow_map_files import fuse_lora
 from genkit.denoisers import Condition, Denoiser, from_pipeline
 from genkit.denoisers.flux import Flux
 from genkit.denoisers.network import adapter_of, unwrap
-from genkit.latents import standardise, unstandardise
+from genkit.latents import decoded, standardise
 from genkit.networks.fixed_condition import FixedCondition
 from genkit.pipelines.base import PipelineOutput
 from genkit.registry import unknown
@@ -164,7 +164,7 @@ class SuperResolutionPipeline(DiffusionPipeline):
         denoiser = self.denoiser()
 
         def enlarge(piece: Tensor) -> Tensor:
-            return to_pictures(vae, restore(denoiser, to_latents(vae, piece), self.config.time, self.condition))
+            return decoded(vae, restore(denoiser, to_latents(vae, piece), self.config.time, self.condition))
 
         out = tiled(enlarge, padded, tile, overlap)[..., : x.shape[-2], : x.shape[-1]]
         images = self.image_processor.postprocess(out, output_type=output_type)
@@ -217,14 +217,6 @@ def to_latents(vae: Any, pictures: Tensor) -> Tensor:
         return pictures
     mean = vae.encode(pictures.to(vae.dtype)).latent_dist.mean
     return standardise(vae, mean.to(torch.promote_types(mean.dtype, torch.float32)))
-
-
-def to_pictures(vae: Any, latents: Tensor) -> Tensor:
-    """The inverse, nominally in [-1, 1]."""
-    if vae is None:
-        return latents
-    pictures = vae.decode(unstandardise(vae, latents).to(vae.dtype), return_dict=False)[0]
-    return pictures.to(torch.promote_types(pictures.dtype, torch.float32))
 
 
 def unprompted(pipe: Any) -> FixedCondition:

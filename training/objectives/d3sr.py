@@ -12,6 +12,7 @@ from genkit.denoisers import from_pipeline
 from genkit.denoisers.base import Denoiser
 from genkit.denoisers.flux import Flux
 from genkit.denoisers.network import unwrap
+from genkit.latents import decoded
 from genkit.networks.discriminator_head import looks_generated, looks_real
 from genkit.networks.fixed_condition import FixedCondition
 from genkit.perceptual import DISTS, EADISTS, Padding
@@ -20,7 +21,6 @@ from genkit.pipelines.super_resolution import (
     fused,
     restore,
     to_latents,
-    to_pictures,
     unprompted,
     upsampled,
 )
@@ -194,7 +194,7 @@ class D3SR(Objective):
         z = self._restored(low)
         c, total, logs = self.config, torch.zeros((), device=z.device), {}
         needed = c.mse_weight or self.perceptual is not None or self.reencodes
-        picture: Any = to_pictures(self.vae, z) if needed else None
+        picture: Any = decoded(self.vae, z) if needed else None
         if c.mse_weight:
             mse = mean_of_squares(picture - large).mean()
             total, logs["mse"] = total + c.mse_weight * mse, mse.detach()
@@ -227,7 +227,7 @@ class D3SR(Objective):
         """Samples ``z`` of the student's space in the judge's; ``picture`` what they decode to, where known."""
         if not self.reencodes:
             return z
-        return to_latents(self.judge_vae, to_pictures(self.vae, z) if picture is None else picture)
+        return to_latents(self.judge_vae, decoded(self.vae, z) if picture is None else picture)
 
     def _judged(self, samples: list[Tensor], rng: ItemRNG) -> tuple[Tensor, ...]:
         """Logits of every batch of ``samples``, all at the same times, each under noise of its own; one call."""
