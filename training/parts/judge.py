@@ -14,6 +14,7 @@ from genkit.registry import lookup
 from genkit.rewards.base import Prompts, Reward
 from genkit.rewards.weighted_sum import RewardSum
 from genkit.training.config import validate
+from genkit.training.parts.leaps import connect
 from genkit.training.parts.reward_loss import RewardLoss
 from genkit.training.parts.trends import Trends
 
@@ -161,7 +162,7 @@ class Judge(nn.Module):
         with torch.enable_grad(), torch.autocast(z.device.type, enabled=False):
             pictures = (decoded(self.vae, z) + 1) / 2
             cut = pictures.clamp(0, 1)
-            pictures = cut if self.clamp == "hard" else pictures + (cut - pictures).detach()
+            pictures = cut if self.clamp == "hard" else connect(cut.detach(), pictures)
             total, components = self.reward(pictures, prompts)
             loss = self.loss(total)
             (gradient,) = torch.autograd.grad(loss.sum(), z)
