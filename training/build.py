@@ -78,8 +78,12 @@ def build(config: TrainConfig) -> Run:
         source = config.source_class()(**settings)
         source.check_network(base_network(student))  # by its weights, so before these are rounded
         if config.frozen_dtype != "float32":
-            _round_frozen([pipe, *([] if teacher is None else [teacher.module])], getattr(torch, config.frozen_dtype))
+            taught = [] if teacher is None else [teacher.module.requires_grad_(False)]
+            _round_frozen([pipe, *taught], getattr(torch, config.frozen_dtype))
         objective = cls.make(config.objective_config(), student, teacher, pipe)
+        if config.frozen_dtype != "float32":
+            for role in objective.roles.values():
+                _widen_trained(role.module)
     if source.shape is None and objective.needs_samples:
         raise ValueError(
             f"data={config.data.name!r} gives no samples, which objective={config.objective.name!r} needs; methods "
@@ -117,6 +121,14 @@ def _round_frozen(parts: list[Any], dtype: torch.dtype) -> None:
         for tensor in (*module.parameters(), *module.buffers()):
             if tensor.is_floating_point() and not tensor.requires_grad:
                 tensor.data = tensor.data.to(dtype)
+
+
+def _widen_trained(module: nn.Module) -> None:
+    """What trains in float32 again: methods make networks of their own of rounded ones, such as a fake of a teacher."""
+    whole = all(p.requires_grad for p in module.parameters())
+    for tensor in (*module.parameters(), *(module.buffers() if whole else ())):
+        if tensor.is_floating_point() and (whole or tensor.requires_grad):
+            tensor.data = tensor.data.float()
 
 
 def check_model(model: Model) -> None:

@@ -143,3 +143,15 @@ def test_what_is_frozen_can_be_kept_in_half_precision(base, toys, tmp_path):
 def test_methods_of_small_differences_refuse_half_precision(base, toys, tmp_path):
     with pytest.raises(ValueError, match="frozen_dtype='float16': objective='ddo' learns from small differences"):
         make(toys, tmp_path, base, objective=dict(name="ddo"), frozen_dtype="float16")
+
+
+@pytest.mark.parametrize("fake", [dict(kind="full"), dict(kind="lora", rank=2)], ids=lambda fake: fake["kind"])
+def test_what_a_method_makes_of_a_rounded_teacher_trains_in_float32(fake, base, toys, tmp_path):
+    objective = dict(name="score_distillation", method="dmd", fake=fake, timesteps=[999])
+    changes = dict(teacher=str(base), frozen_dtype="bfloat16", adapter=dict(kind="full"))
+    trainer = make(toys, tmp_path, base, objective=objective, **changes)
+    weights = list(trainer.objective.parameters())
+    assert {p.dtype for p in weights if p.requires_grad} == {torch.float32}
+    assert torch.bfloat16 in {p.dtype for p in weights if not p.requires_grad}
+    assert "fake" in trainer.roles
+    toys.run(trainer)
