@@ -77,7 +77,7 @@ def bootstrap(
 def _of_means(
     metric: PerImage, reference: FeatureSet | None, generated: FeatureSet, level: float, resamples: int, seed: int
 ) -> dict[str, Interval]:
-    every = metric.values(reference, generated)
+    every = metric.every(reference, generated)
     n = len(next(iter(every.values())))
     rows = [_rows(n, hash_seed(seed, i, 0)) for i in range(resamples)]
     return {

@@ -3,8 +3,9 @@
 import json
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,10 +19,22 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 MODES = {"1": "L", "L": "L", "P": "RGB", "RGB": "RGB"}
 
 
+class UnreadableImage(ValueError):
+    """Image ``index`` of a set cannot be read; the message names its file."""
+
+    def __init__(self, index: int, message: str):
+        super().__init__(message)
+        self.index = index
+
+
 @dataclass(frozen=True)
 class ImageSet:
     """n images of one size: ``load(indices)`` gives uint8 ``(B, C, H, W)``; ``labels`` ``(n,)`` and ``prompts``, n
     texts, are what they were asked for, where known.
+
+    ``kind`` says how they are stored and what was done to them (``PNG RGB 256x256``), ``notes`` what to beware of.
+    ``load`` raises ``UnreadableImage`` for one that turns out not to be readable. ``model`` makes them, where they are
+    not there but made when asked for.
     """
 
     name: str
@@ -29,6 +42,9 @@ class ImageSet:
     load: Callable[[Tensor], Tensor]
     labels: Tensor | None = None
     prompts: Sequence[str] | None = None
+    kind: str | None = None
+    notes: tuple[str, ...] = ()
+    model: Any = None
 
     def batches(self, batch_size: int) -> Iterator[Tensor]:
         for indices in torch.arange(self.n).split(batch_size):
@@ -37,7 +53,15 @@ class ImageSet:
     def subset(self, indices: Tensor) -> "ImageSet":
         labels = None if self.labels is None else self.labels[indices]
         prompts = None if self.prompts is None else [self.prompts[i] for i in indices.tolist()]
-        return ImageSet(self.name, len(indices), lambda chosen: self.load(indices[chosen]), labels, prompts)
+        return replace(
+            self, n=len(indices), load=lambda chosen: self._of_subset(indices, chosen), labels=labels, prompts=prompts
+        )
+
+    def _of_subset(self, indices: Tensor, chosen: Tensor) -> Tensor:
+        try:
+            return self.load(indices[chosen])
+        except UnreadableImage as error:
+            raise UnreadableImage(int((indices == error.index).nonzero()[0]), str(error)) from error
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -49,7 +73,9 @@ def to_uint8(images: Tensor) -> Tensor:
     return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def read_images(source: "ImageSet | Source | Tensor | tuple[Tensor, Tensor] | str | Path") -> ImageSet:
+def read_images(
+    source: "ImageSet | Source | Tensor | tuple[Tensor, Tensor] | str | Path", *, strict: bool = False
+) -> ImageSet:
     """Images from ``source``.
 
     ``source`` is uint8 ``(n, C, H, W)``; a pair of that and labels ``(n,)``; a folder, whose ``metadata.jsonl`` names
@@ -139,7 +165,7 @@ def _from_folder(folder: Path) -> ImageSet:
     mode = kinds[0][0]
 
     def load(indices: Tensor) -> Tensor:
-        return torch.stack([_decode(files[i], mode) for i in indices.tolist()])
+        return torch.stack([_decode(i, files[i], mode) for i in indices.tolist()])
 
     labels, prompts = _folder_labels(folder, files, rows), _folder_prompts(folder, rows)
     return ImageSet(folder.name, len(files), load, labels, prompts)
@@ -157,12 +183,12 @@ def _kind(path: Path) -> tuple[str, int, int]:
     return MODES[mode], *size
 
 
-def _decode(path: Path, mode: str) -> Tensor:
+def _decode(i: int, path: Path, mode: str) -> Tensor:
     try:
         with Image.open(path) as image:
             pixels = np.array(image.convert(mode))
     except (OSError, SyntaxError) as error:
-        raise ValueError(f"{path}: cannot be decoded ({error})") from error
+        raise UnreadableImage(i, f"{path}: cannot be decoded ({error})") from error
     return torch.from_numpy(np.atleast_3d(pixels)).permute(2, 0, 1)
 
 

@@ -1,20 +1,24 @@
 """Evaluate a set of generated images: one pass of the extractor over each side, any number of metrics, one result."""
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import diffusers
 import numpy
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 import genkit
 from genkit.eval.extractors.base import Extractor, extract, get_extractor
-from genkit.eval.inputs import ImageSet, read_images
+from genkit.eval.inputs import ImageSet, UnreadableImage, read_images
 from genkit.eval.metrics.base import FeatureSet, Metric, all_metrics, get_metric
+from genkit.eval.processes import gather, gather_rows, own, rank_and_count
 from genkit.eval.result import Protocol, Result
+from genkit.eval.saved import save_evaluation
 from genkit.eval.statistics import FeatureStats, is_statistics
 from genkit.rng import hash_seed
 
@@ -26,29 +30,78 @@ def measure(
     keep: bool = True,
     batch_size: int = 256,
     device: torch.device | str = "cpu",
+    strict: bool = False,
     quiet: bool = False,
 ) -> FeatureSet:
-    """One pass over ``images``: their statistics, and with ``keep`` the features and logits themselves."""
+    """One pass over ``images``: their statistics, and with ``keep`` the features and logits themselves.
+
+    Of several processes (``torch.distributed``) each takes its share, every image once, and all return the whole.
+    Images that cannot be read are left out and named in the notes of ``FeatureSet.images``; ``strict`` raises instead.
+    """
     stats = FeatureStats(extractor.dim)
-    features, logits = [], []
-    bar = tqdm(total=images.n, desc=f"features of {images.name}", unit="image", delay=2, disable=quiet or None)
+    features: list[Tensor] = []
+    logits: list[Tensor] = []
+    unreadable: dict[int, str] = {}
+    rank, _ = rank_and_count()
+    rows = own(images.n)
+
+    def batches() -> Iterator[Tensor]:
+        for indices in rows.split(batch_size):
+            batch, bad = _read(images, indices, strict)
+            unreadable.update(bad)
+            bar.update(len(indices))
+            if batch is not None:
+                yield batch
+
+    bar = tqdm(
+        total=len(rows), desc=f"features of {images.name}", unit="image", delay=2, disable=quiet or rank > 0 or None
+    )
     with bar:
-        for out in extract(extractor, images.batches(batch_size), device):
+        for out in extract(extractor, batches(), device):
             stats.update(out.features)
             if keep:
                 features.append(out.features)
             if out.logits is not None:
                 logits.append(out.logits)
-            bar.update(len(out.features))
-    stats.meta = {"extractor": extractor.id, "source": images.name}
+    stats = stats.gather()
+    unreadable = {i: message for share in gather(unreadable) for i, message in share.items()}
+    if unreadable:
+        images = _without(images, unreadable)
+    stats.meta = {"extractor": extractor.id, "source": images.name, "distance": extractor.distance}
     return FeatureSet(
         stats,
-        torch.cat(features) if keep else None,
-        torch.cat(logits) if logits else None,
+        gather_rows(torch.cat(features) if features else torch.empty(0, extractor.dim)) if keep else None,
+        gather_rows(torch.cat(logits) if logits else torch.empty(0, extractor.num_classes))
+        if extractor.num_classes
+        else None,
         images.labels,
         images,
         images.prompts,
     )
+
+
+def _read(images: ImageSet, indices: Tensor, strict: bool) -> tuple[Tensor | None, dict[int, str]]:
+    """The images that can be read, and why the others cannot."""
+    try:
+        return images.load(indices), {}
+    except UnreadableImage as error:
+        if strict:
+            raise
+        if len(indices) == 1:
+            return None, {error.index: str(error)}
+    parts = [_read(images, index, strict) for index in indices.split(1)]
+    there = [batch for batch, _ in parts if batch is not None]
+    return torch.cat(there) if there else None, {i: message for _, bad in parts for i, message in bad.items()}
+
+
+def _without(images: ImageSet, unreadable: dict[int, str]) -> ImageSet:
+    kept = torch.ones(images.n, dtype=torch.bool)
+    kept[list(unreadable)] = False
+    told = "; ".join(list(unreadable.values())[:5]) + ("; ..." if len(unreadable) > 5 else "")
+    note = f"{len(unreadable)} of {images.n} images of {images.name} were left out: {told}"
+    if kept.sum() < 2:
+        raise ValueError(note)
+    return replace(images.subset(kept.nonzero().flatten()), notes=(*images.notes, note))
 
 
 def evaluate(
@@ -62,9 +115,15 @@ def evaluate(
     seed: int = 0,
     batch_size: int = 256,
     device: torch.device | str = "cpu",
+    strict: bool = False,
+    intervals: int | None = None,
+    made_with: Mapping[str, Any] | None = None,
+    output: str | Path | None = None,
     quiet: bool = False,
 ) -> Result:
     """Compare ``generated`` with ``reference``.
+
+    Under ``torch.distributed`` every process calls it with the same arguments, measures its share, and has the result.
 
     Args:
         reference: images as ``inputs.read_images`` takes them, ``FeatureStats`` or their ``.npz``, a ``FeatureSet`` of
@@ -74,6 +133,11 @@ def evaluate(
         extractor: a name or an ``Extractor``.
         n: use only this many images of each side, drawn at random with ``seed``.
         nfe: network calls spent on each generated image, to be recorded.
+        strict: stop at what would be a note: an image that cannot be read, or is not like the others.
+        intervals: that many bootstrap resamples, for 95 % intervals of the metrics that bear them.
+        made_with: what the generated images were made with, to be recorded.
+        output: a folder for the result with samples, values by class, worst and best images: what reports are made of
+            (:mod:`genkit.eval.saved`).
 
     Raises:
         ValueError: inputs that cannot be read or are too few, statistics made with another extractor, or a metric
@@ -83,11 +147,13 @@ def evaluate(
         raise ValueError(f"batch_size={batch_size}: expected at least 1")
     if n is not None and n < 2:
         raise ValueError(f"n={n}: expected at least 2")
+    if intervals is not None and intervals < 2:
+        raise ValueError(f"intervals={intervals}: expected at least 2 resamples")
     if nfe is not None and not nfe >= 0:
         raise ValueError(f"nfe={nfe}: expected 0 or more")
     extractor = get_extractor(extractor)
     sources = [
-        None if source is None else _open(source, role, extractor, n, seed)
+        None if source is None else _open(source, role, extractor, n, seed, strict)
         for role, source in (("reference", reference), ("generated", generated))
     ]
     chosen = _possible(metrics, *(_fields(source, extractor) for source in sources))
@@ -100,7 +166,13 @@ def evaluate(
     real, fake = (
         # Few rows are kept in any case: the Frechet distance has a better way with them.
         measure(
-            source, extractor, keep=keep or source.n < extractor.dim, batch_size=batch_size, device=device, quiet=quiet
+            source,
+            extractor,
+            keep=keep or source.n < extractor.dim or output is not None or intervals is not None,
+            batch_size=batch_size,
+            device=device,
+            strict=strict,
+            quiet=quiet,
         )
         if isinstance(source, ImageSet)
         else source
@@ -120,6 +192,9 @@ def evaluate(
         n_real=None if real is None else real.stats.n,
         n_gen=fake.stats.n,
         metrics={metric.name: metric.settings for metric in chosen},
+        reference_images=None if real is None or real.images is None else real.images.kind,
+        generated_images=None if fake.images is None else fake.images.kind,
+        matched=_matched(real, fake),
         seed=seed,
         device=str(device),
         versions={
@@ -130,10 +205,47 @@ def evaluate(
             "numpy": numpy.__version__,
         },
     )
-    return Result(values=values, nfe=nfe, protocol=protocol, notes=_notes(real, fake))
+    result = Result(
+        values=values,
+        nfe=nfe,
+        protocol=protocol,
+        notes=_notes(real, fake),
+        made_with=dict(made_with or {}),
+        intervals=_intervals(chosen, real, fake, intervals, seed),
+    )
+    return result if output is None else save_evaluation(output, result, real, fake)
 
 
-def _open(source: Any, role: str, extractor: Extractor, n: int | None, seed: int) -> ImageSet | FeatureSet:
+def _intervals(
+    metrics: Sequence[Metric], real: FeatureSet | None, fake: FeatureSet, resamples: int | None, seed: int
+) -> dict[str, tuple[float, float]]:
+    if resamples is None:
+        return {}
+    from genkit.eval.bootstrap import bootstrap
+
+    found: dict[str, tuple[float, float]] = {}
+    for metric in metrics:
+        if metric.bears_repeats:
+            made = bootstrap(metric, real, fake, resamples=resamples, seed=seed)
+            found |= {name: (interval.low, interval.high) for name, interval in made.items()}
+    return found
+
+
+def _matched(real: FeatureSet | None, fake: FeatureSet) -> Literal["labels", "prompts"] | None:
+    """Whether both sides have each label, or each prompt, equally often."""
+    if real is None or real.n != fake.n:
+        return None
+    if real.labels is not None and fake.labels is not None:
+        if torch.equal(real.labels.sort().values, fake.labels.sort().values):
+            return "labels"
+    if real.prompts is not None and fake.prompts is not None and sorted(real.prompts) == sorted(fake.prompts):
+        return "prompts"
+    return None
+
+
+def _open(
+    source: Any, role: str, extractor: Extractor, n: int | None, seed: int, strict: bool
+) -> ImageSet | FeatureSet:
     """``source`` as images still to be measured, cut to ``n``, or as statistics that ``extractor`` may have made."""
     if isinstance(source, str | Path) and Path(source).is_file() and is_statistics(source):
         name = Path(source).name
@@ -144,7 +256,7 @@ def _open(source: Any, role: str, extractor: Extractor, n: int | None, seed: int
     if isinstance(source, FeatureSet):
         _check_statistics(source.stats, role, extractor, n)
         return source
-    images = read_images(source)
+    images = read_images(source, strict=strict)
     if images.n < (n or 2):
         raise ValueError(f"{role} set {images.name!r} has {images.n} images, {n or 2} are needed")
     if n is None or n == images.n:
@@ -208,6 +320,7 @@ def _notes(real: FeatureSet | None, fake: FeatureSet) -> list[str]:
     for role, side in (("reference", real), ("generated", fake)):
         if side is None:
             continue
+        notes += side.images.notes if side.images is not None else ()
         if side.stats.n is None:
             notes.append(f"the {role} statistics do not say how many images they are of")
         elif side.stats.n < side.stats.dim:
@@ -232,6 +345,9 @@ def main(
     seed: int = 0,
     batch_size: int = 256,
     device: str = "cpu",
+    strict: bool = False,
+    intervals: int | None = None,
+    output: str | Path | None = None,
     json_path: str | Path | None = None,
     html_path: str | Path | None = None,
     quiet: bool = False,
@@ -253,6 +369,9 @@ def main(
         seed=seed,
         batch_size=batch_size,
         device=device,
+        strict=strict,
+        intervals=intervals,
+        output=output,
         quiet=quiet,
     )
     if json_path is not None:
@@ -273,7 +392,8 @@ def _print(result: Result) -> None:
     table.add_column("metric")
     table.add_column("value", justify="right")
     for name, value in result.values.items():
-        table.add_row(name, f"{value:.6g}")
+        low_high = result.intervals.get(name)
+        table.add_row(name, f"{value:.6g}" + (f"  [{low_high[0]:.4g}, {low_high[1]:.4g}]" if low_high else ""))
     if result.nfe is not None:
         table.add_row("network calls (NFE)", f"{result.nfe:g}")
     console = Console()

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from genkit.eval.result import Protocol
+from genkit.eval.result import COMPARED, Protocol
 
 Row = dict[str, Any]
 
@@ -68,7 +68,8 @@ def _json(path: Path, text: str) -> list[Row]:
 def _of_result(row: Row) -> Row:
     protocol = row.get("protocol")
     name = protocol.get("generated") if isinstance(protocol, dict) else None
-    return {"generated": name, **row["values"], "nfe": row.get("nfe"), "protocol": protocol}
+    made = row.get("made_with") or {}
+    return {"generated": name, **made, **row["values"], "nfe": row.get("nfe"), "protocol": protocol}
 
 
 def plain(name: str) -> str:
@@ -152,8 +153,8 @@ def differences(protocols: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
 
 def _compared(protocol: Mapping[str, Any]) -> dict[str, Any]:
     kept = dict(protocol)
-    if set(kept) == set(Protocol.model_fields):
-        kept = {name: kept[name] for name in ("extractor", "reference", "n_real", "n_gen", "metrics")}
+    if set(kept) <= set(Protocol.model_fields) and {"extractor", "metrics", "versions"} <= set(kept):
+        kept = {name: kept.get(name) for name in (*COMPARED, "metrics")}
     if isinstance(kept.get("metrics"), dict):
         kept |= {f"metrics.{name}": chosen for name, chosen in kept.pop("metrics").items()}
     return kept

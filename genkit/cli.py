@@ -245,12 +245,13 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """Evaluate a set of generated images against real ones."""
+    from genkit.eval.by_name import split
     from genkit.eval.run import main
 
     main(
         reference,
         generated,
-        metrics=None if metrics is None else metrics.split(","),
+        metrics=None if metrics is None else split(metrics),
         extractor=extractor,
         n=n,
         nfe=nfe,

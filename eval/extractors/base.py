@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genkit.registry import lookup
+from genkit.eval import by_name
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,14 @@ class Extractor(ABC):
 
     ``id`` names everything that changes a feature: network, resize rule, weights hash. Distances between features of
     different ids mean nothing, so every result carries it. ``dim`` is the size of a feature,
-    ``num_classes`` that of the logits, None for an extractor without.
+    ``num_classes`` that of the logits, None for an extractor without. ``distance`` is what the literature calls the
+    Frechet distance of its features, and results with it.
     """
 
     id: str
     dim: int
     num_classes: int | None = None
+    distance: str = "frechet_distance"
 
     @abstractmethod
     def __call__(self, images: Tensor) -> Features:
@@ -61,11 +63,11 @@ def function_extractor(function: Callable[[Tensor], Tensor], dim: int, id: str) 
 
 
 def get_extractor(extractor: "str | Extractor") -> Extractor:
-    """An extractor as it is, or the one whose file in ``eval/extractors`` bears this name."""
+    """An extractor as it is, or the one whose file in ``eval/extractors`` bears this name: ``clip:model=FOLDER``."""
     if isinstance(extractor, Extractor):
         return extractor
     if isinstance(extractor, str):
-        return lookup("genkit.eval.extractors", Extractor, extractor, setting="extractor")()
+        return by_name.make("genkit.eval.extractors", Extractor, extractor, setting="extractor")
     raise ValueError(f"extractor={extractor!r}: expected a name or an Extractor; see function_extractor")
 
 

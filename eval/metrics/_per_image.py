@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from genkit.eval.metrics.base import FeatureSet, Metric
+from genkit.eval.processes import gather, own
 
 _BATCH = 64
 
@@ -20,10 +21,27 @@ class PerImage(Metric):
 
     @abstractmethod
     def values(self, reference: FeatureSet | None, generated: FeatureSet) -> dict[str, Tensor]:
-        """Every value of every image, ``(n,)`` float64: for intervals, win rates, and the worst and best images."""
+        """Every value of every image, ``(n,)`` float64."""
+
+    def every(self, reference: FeatureSet | None, generated: FeatureSet) -> dict[str, Tensor]:
+        """The same, each of several processes having made its share: for intervals, win rates, worst and best."""
+        assert generated.n is not None
+        rows = own(generated.n)
+        if self.paired and reference is not None:
+            self.check_pairs(reference, generated)
+            reference = reference.rows(rows)
+        made = self.values(reference, generated.rows(rows)) if len(rows) else {}
+        shares = gather(made)
+        return {name: torch.cat([share[name] for share in shares if share]) for name in next(filter(None, shares))}
 
     def __call__(self, reference: FeatureSet | None, generated: FeatureSet) -> dict[str, float]:
-        return {name: of.mean().item() for name, of in self.values(reference, generated).items()}
+        return {name: of.mean().item() for name, of in self.every(reference, generated).items()}
+
+    def check_pairs(self, reference: FeatureSet, generated: FeatureSet) -> None:
+        """Raise ``ValueError`` unless both sides have as many images."""
+        counts = reference.n, generated.n
+        if counts[0] != counts[1]:
+            raise ValueError(f"{self.name} pairs images: the reference has {counts[0]}, the generated set {counts[1]}")
 
 
 class PerPair(PerImage):
@@ -38,9 +56,7 @@ class PerPair(PerImage):
 
     def values(self, reference: FeatureSet | None, generated: FeatureSet) -> dict[str, Tensor]:
         assert reference is not None and reference.images is not None and generated.images is not None
-        counts = reference.images.n, generated.images.n
-        if counts[0] != counts[1]:
-            raise ValueError(f"{self.name} pairs images: the reference has {counts[0]}, the generated set {counts[1]}")
+        self.check_pairs(reference, generated)
         parts = []
         for x, y in zip(batches(reference), batches(generated), strict=True):
             if x.shape != y.shape:

@@ -2,14 +2,15 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from torch import Tensor
 
+from genkit.eval import by_name
 from genkit.eval.inputs import ImageSet
 from genkit.eval.statistics import FeatureStats
-from genkit.registry import lookup, members
+from genkit.registry import members
 
 PACKAGE = "genkit.eval.metrics"
 
@@ -35,17 +36,28 @@ class FeatureSet:
         """The names of what is known."""
         return {name for name, value in vars(self).items() if value is not None}
 
+    @property
+    def n(self) -> int | None:
+        """How many images; None of statistics that do not say."""
+        known = [x for x in (self.features, self.logits, self.labels, self.prompts) if x is not None]
+        return self.images.n if self.images is not None else len(known[0]) if known else self.stats.n
+
     def subset(self, indices: Tensor) -> "FeatureSet":
         """The same of some images only. Raises ``ValueError`` where the features themselves were not kept."""
         if self.features is None:
             raise ValueError("a subset needs the features; measure(..., keep=True) keeps them")
-        features = self.features[indices]
-        stats = FeatureStats(features.shape[1]).update(features)
+        stats = FeatureStats(self.features.shape[1]).update(self.features[indices])
         stats.meta = dict(self.stats.meta)
-        logits, labels = (None if rows is None else rows[indices] for rows in (self.logits, self.labels))
+        return replace(self.rows(indices), stats=stats)
+
+    def rows(self, indices: Tensor) -> "FeatureSet":
+        """What is known of some images, beside the statistics of all."""
+        features, logits, labels = (
+            None if rows is None else rows[indices] for rows in (self.features, self.logits, self.labels)
+        )
         images = None if self.images is None else self.images.subset(indices)
         prompts = None if self.prompts is None else [self.prompts[i] for i in indices.tolist()]
-        return FeatureSet(stats, features, logits, labels, images, prompts)
+        return FeatureSet(self.stats, features, logits, labels, images, prompts)
 
 
 class Metric(ABC):
@@ -90,21 +102,17 @@ class Metric(ABC):
 
 
 def get_metric(metric: "str | Metric") -> Metric:
-    """A metric as it is, or with default settings the one whose file in ``eval/metrics`` bears this name.
+    """A metric as it is, or the one whose file in ``eval/metrics`` bears this name, with settings after a colon.
 
-    A metric that cannot do without an argument takes it after a colon: ``reward:clip_score``.
+    A metric that cannot do without an argument takes it after the colon alone: ``reward:clip_score``; others take
+    ``key=value``: ``kid:subset_size=100,subsets=50``.
 
     Raises:
-        ValueError: there is none of this name; an argument is missing, or given where none is taken.
+        ValueError: there is none of this name; a setting is unknown or missing.
     """
     if isinstance(metric, Metric):
         return metric
-    name, colon, value = metric.partition(":")
-    cls = lookup(PACKAGE, Metric, name, setting="metrics")
-    if bool(value) != bool(cls.argument) or bool(colon) != bool(value):
-        accepted = f"{name}:{cls.argument.upper()}" if cls.argument else name
-        raise ValueError(f"metrics={metric!r}: accepted is {accepted!r}")
-    return cls(**{cls.argument: value}) if cls.argument else cls()
+    return by_name.make(PACKAGE, Metric, metric, setting="metrics")
 
 
 def all_metrics() -> list[Metric]:

@@ -77,12 +77,14 @@ def _factor(covariance: Tensor) -> Tensor:
 
 
 class FrechetDistance(Metric):
-    """``frechet_distance`` and, for debugging, ``frechet_raw``; lower is better."""
+    """``frechet_distance``, under the name that it has with the extractor of the features (``fid`` ...), lower is
+    better; and, for debugging, ``frechet_raw``.
+    """
 
     def __call__(self, reference: FeatureSet | None, generated: FeatureSet) -> dict[str, float]:
         assert reference is not None
         raw = frechet_raw(_shorter(reference), _shorter(generated))
-        return {"frechet_distance": max(raw, 0.0), "frechet_raw": raw}
+        return {generated.stats.meta.get("distance", "frechet_distance"): max(raw, 0.0), "frechet_raw": raw}
 
 
 def _shorter(side: FeatureSet) -> FeatureStats | Tensor:

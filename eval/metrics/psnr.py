@@ -36,6 +36,6 @@ class PSNR(PerPair):
         return psnr(x, y, data_range=1)
 
     def __call__(self, reference: FeatureSet | None, generated: FeatureSet) -> dict[str, float]:
-        every = self.values(reference, generated)["psnr"]
+        every = self.every(reference, generated)["psnr"]
         error = (10 ** (-every / 10)).mean()
         return {"psnr": every.mean().item(), "psnr_of_mean_error": (-10 * error.log10()).item()}
