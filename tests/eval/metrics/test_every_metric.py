@@ -41,6 +41,7 @@ def make(weights):
         "frechet_infinity": lambda: FrechetInfinity(both=True, sizes=4),
         "dists": lambda: get_metric(f"dists:{weights}"),
         "ea_dists": lambda: get_metric(f"ea_dists:{weights}"),
+        "lpips": lambda: get_metric(f"lpips:net=vgg,backbone={weights}"),
         "reward": lambda: get_metric("reward:jpeg"),
     }
     return lambda name: made[name]() if name in made else get_metric(name)
@@ -59,13 +60,13 @@ def side(seed, n=40, dim=5):
 def test_these_are_all():
     assert NAMES == [
         "accuracy", "cmmd", "contrast", "dists", "ea_dists", "frechet", "frechet_infinity", "inception_score", "kid",
-        "mind", "prdc", "psnr", "reward", "saturation", "ssim",
+        "lpips", "mind", "prdc", "psnr", "reward", "saturation", "ssim",
     ]  # fmt: skip
 
 
 def test_papers_can_be_cited():
     cited = cite.methods()
-    assert all(cited[name] for name in OF_FEATURES | {"dists", "ea_dists"})
+    assert all(cited[name] for name in OF_FEATURES | {"dists", "ea_dists", "lpips"})
 
 
 def test_settings_with_a_default_on_the_class_are_recorded():

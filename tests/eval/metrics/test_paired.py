@@ -1,4 +1,4 @@
-"""PSNR, SSIM, DISTS and EA-DISTS of pairs."""
+"""PSNR, SSIM, LPIPS, DISTS and EA-DISTS of pairs."""
 
 import math
 from pathlib import Path
@@ -13,6 +13,7 @@ from genkit.eval.inputs import read_images
 from genkit.eval.metrics.base import FeatureSet, get_metric
 from genkit.eval.metrics.dists import DISTS
 from genkit.eval.metrics.ea_dists import EADISTS
+from genkit.eval.metrics.lpips import LPIPS
 from genkit.eval.metrics.psnr import PSNR, psnr
 from genkit.eval.metrics.ssim import SSIM, ssim
 from genkit.eval.run import evaluate
@@ -130,9 +131,28 @@ def test_dists_are_those_of_the_modules(weights):
 
 
 def test_published_weights_of_channels_are_told_from_equal_ones(weights, monkeypatch):
-    monkeypatch.setattr(perceptual, "_LEARNED", 3 + 4 + 6 + 8 + 8 + 8)  # as many as this narrow network has
-    monkeypatch.setattr(perceptual, "_learned_weights", lambda: dict.fromkeys(("alpha", "beta"), torch.rand(37)))
+    monkeypatch.setattr(perceptual.dists, "_LEARNED", 3 + 4 + 6 + 8 + 8 + 8)  # as many as this narrow network has
+    monkeypatch.setattr(perceptual.dists, "shipped", lambda *_: dict.fromkeys(("alpha", "beta"), torch.rand(37)))
     assert DISTS(weights).settings["vgg"].endswith("/learned")
+
+
+def test_lpips_is_that_of_the_module(weights, monkeypatch):
+    x, y = pictures(0), pictures(1)
+    metric = LPIPS(weights, net="vgg")
+    want = perceptual.LPIPS.load("vgg", weights)(x.float() / 255, y.float() / 255).mean()
+    assert metric(side(x), side(y)) == {"lpips": pytest.approx(float(want), rel=1e-5)}
+    made_of = f"vgg.safetensors/{file_hash(Path(weights))}"
+    assert metric.settings == {"net": "vgg", "backbone": f"{made_of}/equal"}
+    assert get_metric(f"lpips:net=vgg,backbone={weights}").settings == metric.settings
+    learned = {f"lin{i}.model.1.weight": torch.rand(1, n, 1, 1) for i, n in enumerate((4, 6, 8, 8, 8))}
+    monkeypatch.setattr(perceptual.lpips, "shipped", lambda *_: learned)
+    assert LPIPS(weights, net="vgg").settings["backbone"] == f"{made_of}/learned"
+    with pytest.raises(ValueError, match="metrics='lpips': accepted is 'lpips:BACKBONE'"):
+        get_metric("lpips")
+    with pytest.raises(FileNotFoundError, match="absent"):
+        get_metric("lpips:absent.safetensors")
+    with pytest.raises(ValueError, match="backbone lacks .*net='squeeze'"):
+        get_metric(f"lpips:net=squeeze,backbone={weights}")
 
 
 def test_dists_without_weights():

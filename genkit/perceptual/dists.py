@@ -1,25 +1,24 @@
-"""Perceptual distances between images, to be minimised or measured: DISTS, and its edge-aware form."""
+"""DISTS, structure and texture similarity of images as a distance, and its edge-aware form."""
 
-import importlib.util
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, cast, get_args
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from genkit.perceptual._weights import backbone_weights, check_pictures, shipped
 from genkit.registry import unknown
 
 logger = logging.getLogger("genkit.perceptual")
 
 Padding = Literal["zeros", "reflect"]
-TORCHVISION = "torchvision"
 # Convolutions of VGG16 by their place in torchvision's ``features``; a stage ends where DISTS reads it.
 _STAGES = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
 _LEARNED = 1475  # channels of the picture and of VGG16's five stages, which the learned weights belong to
+_SHIPPED = ("torchmetrics", "functional/image/dists_models/weights.pt")
 _C = 1e-6
 
 
@@ -86,9 +85,9 @@ class DISTS(nn.Module):
             ImportError: torchvision is asked for and not installed.
             ValueError: a file of something else.
         """
-        state = _vgg_weights(vgg)
+        state = backbone_weights("vgg", vgg, "VGG16_Weights")
         made = cls(state)
-        learned = _learned_weights() if len(made.alpha) == _LEARNED else None
+        learned = shipped(_SHIPPED) if len(made.alpha) == _LEARNED else None
         if learned is not None:
             made.alpha.copy_(learned["alpha"].flatten())
             made.beta.copy_(learned["beta"].flatten())
@@ -104,10 +103,7 @@ class DISTS(nn.Module):
         Raises:
             ValueError: shapes that differ or are not those of pictures.
         """
-        if x.shape != y.shape or x.ndim != 4 or x.shape[1] not in (1, 3):
-            raise ValueError(
-                f"pictures of shapes {tuple(x.shape)} and {tuple(y.shape)}: accepted are two (B, 3 or 1, H, W)"
-            )
+        check_pictures(x, y)
         with torch.autocast(x.device.type, enabled=False):
             total = self.alpha.sum() + self.beta.sum()
             pairs = zip(self._features(x), self._features(y), strict=True)
@@ -175,25 +171,3 @@ def _convolution(named: Mapping[str, Tensor], i: int) -> nn.Conv2d:
     layer = nn.utils.skip_init(nn.Conv2d, weight.shape[1], weight.shape[0], 3, padding=1)
     layer.load_state_dict({"weight": weight, "bias": bias})
     return cast(nn.Conv2d, layer)
-
-
-def _vgg_weights(vgg: str | Path) -> Mapping[str, Tensor]:
-    if vgg == TORCHVISION:
-        from torchvision.models import VGG16_Weights
-
-        return VGG16_Weights.IMAGENET1K_V1.get_state_dict(progress=True, check_hash=True)
-    file = Path(vgg)
-    if not file.is_file():
-        raise FileNotFoundError(f"vgg={str(vgg)!r} is neither a file of weights nor {TORCHVISION!r}")
-    return load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)
-
-
-def _learned_weights() -> Mapping[str, Tensor] | None:
-    """The published weights, found without running torchmetrics."""
-    spec = importlib.util.find_spec("torchmetrics")
-    places: Sequence[str] = (spec.submodule_search_locations or ()) if spec is not None else ()
-    for place in places:
-        file = Path(place, "functional/image/dists_models/weights.pt")
-        if file.is_file():
-            return torch.load(file, map_location="cpu", weights_only=True)
-    return None
