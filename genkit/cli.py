@@ -302,6 +302,18 @@ def rank_by_mmhm(
     )
 
 
+@evaluation.command("geneval")
+def score_geneval(
+    detections: Annotated[Path, typer.Argument(help="JSON or .jsonl: a prompt's metadata and what was detected.")],
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write scores and every verdict here.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing.")] = False,
+) -> None:
+    """Score a detector's findings by GenEval's rules."""
+    from genkit.eval.geneval import main
+
+    main(detections, json_path=json_path, quiet=quiet)
+
+
 @app.command()
 def doctor() -> None:
     """Print versions, devices, attention backends, and what is missing with the command that installs it."""
