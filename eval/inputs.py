@@ -2,7 +2,7 @@
 
 import json
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,28 @@ class UnreadableImage(ValueError):
         self.index = index
 
 
+class Maker:
+    """What makes the images of a set when they are asked for.
+
+    Attributes:
+        made_with: its settings, by the names that tables have them under.
+    """
+
+    made_with: dict[str, Any]
+
+    def network_calls(self) -> float | None:
+        """Calls of a denoising network per image, as counted over all processes, which must all ask; None of others."""
+        return None
+
+    def denoiser(self) -> Any:
+        """The network as a :class:`genkit.denoisers.Denoiser`. Raises ``ValueError`` where there is none."""
+        raise ValueError(f"{self.made_with['model']} has no denoiser")
+
+    def start(self, items: Sequence[int], seed: int) -> tuple[Tensor, Any]:
+        """Noise ``(B, ...)`` and conditions of some items, for whoever follows the flow of the denoiser."""
+        raise ValueError(f"{self.made_with['model']} starts from no noise")
+
+
 @dataclass(frozen=True)
 class ImageSet:
     """n images of one size: ``load(indices)`` gives uint8 ``(B, C, H, W)``; ``labels`` ``(n,)`` and ``prompts``, n
@@ -34,7 +56,7 @@ class ImageSet:
 
     ``kind`` says how they are stored and what was done to them (``PNG RGB 256x256``), ``notes`` what to beware of.
     ``load`` raises ``UnreadableImage`` for one that turns out not to be readable. ``model`` makes them, where they are
-    not there but made when asked for.
+    not there but made when asked for. ``class_names`` are the names of labels, where known.
     """
 
     name: str
@@ -44,7 +66,8 @@ class ImageSet:
     prompts: Sequence[str] | None = None
     kind: str | None = None
     notes: tuple[str, ...] = ()
-    model: Any = None
+    model: Maker | None = None
+    class_names: Mapping[int, str] | None = None
 
     def batches(self, batch_size: int) -> Iterator[Tensor]:
         for indices in torch.arange(self.n).split(batch_size):

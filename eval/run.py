@@ -77,6 +77,7 @@ def measure(
         images.labels,
         images,
         images.prompts,
+        images.model,
     )
 
 
@@ -132,7 +133,8 @@ def evaluate(
         metrics: names or ``Metric`` objects; None for every default metric that these inputs allow.
         extractor: a name or an ``Extractor``.
         n: use only this many images of each side, drawn at random with ``seed``.
-        nfe: network calls spent on each generated image, to be recorded.
+        nfe: network calls spent on each generated image, to be recorded; those that a model makes meanwhile are
+            counted.
         strict: stop at what would be a note: an image that cannot be read, or is not like the others.
         intervals: that many bootstrap resamples, for 95 % intervals of the metrics that bear them.
         made_with: what the generated images were made with, to be recorded.
@@ -156,6 +158,8 @@ def evaluate(
         None if source is None else _open(source, role, extractor, n, seed, strict)
         for role, source in (("reference", reference), ("generated", generated))
     ]
+    if nfe is not None and sources[1] is not None and sources[1].model is not None:
+        raise ValueError(f"nfe={nfe}: the generated images are made meanwhile, and their network calls are counted")
     chosen = _possible(metrics, *(_fields(source, extractor) for source in sources))
     if n is not None and any(metric.paired for metric in chosen):
         raise ValueError(f"n={n}: the sides are drawn apart, but a metric pairs image i with image i; accepted is None")
@@ -205,12 +209,13 @@ def evaluate(
             "numpy": numpy.__version__,
         },
     )
+    model = fake.model
     result = Result(
         values=values,
-        nfe=nfe,
+        nfe=nfe if model is None else model.network_calls(),
         protocol=protocol,
         notes=_notes(real, fake),
-        made_with=dict(made_with or {}),
+        made_with={**({} if model is None else model.made_with), **(made_with or {})},
         intervals=_intervals(chosen, real, fake, intervals, seed),
     )
     return result if output is None else save_evaluation(output, result, real, fake)
@@ -290,6 +295,7 @@ def _fields(source: ImageSet | FeatureSet | None, extractor: Extractor) -> set[s
         "labels": source.labels is not None,
         "images": True,
         "prompts": source.prompts is not None,
+        "model": source.model is not None,
     }
     return {field for field, there in known.items() if there}
 

@@ -4,7 +4,7 @@ import inspect
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from genkit._files import first_line
 from genkit.adapters import parse_adapter
 from genkit.guidance.base import Guider
-from genkit.pipelines.base import DenoiserPipeline
+from genkit.pipelines.base import DenoiserPipeline, PipelineOutput
 from genkit.pipelines.by_name import parse_guider, parse_scheduler, parse_settings
 from genkit.pipelines.class_conditional import ClassConditionalPipeline
 from genkit.pipelines.few_step import FewStepPipeline
@@ -52,18 +52,7 @@ def load_pipeline(pipeline: str | Path, **kwargs: Any) -> DenoiserPipeline:
         raise FileNotFoundError(
             f"pipeline={str(pipeline)!r} is no folder, nor found on the Hub: {first_line(error)}"
         ) from error
-    name = index["_class_name"]
-    if name in PIPELINES:
-        cls: type[DenoiserPipeline] = PIPELINES[name]
-    elif index.get("text_encoder"):
-        cls = TextToImagePipeline
-    elif index.get("transformer"):
-        cls = ClassConditionalPipeline
-    else:
-        raise ValueError(
-            f"pipeline={str(pipeline)!r} is a {name}; accepted are {', '.join(PIPELINES)} and the pipelines of "
-            "Diffusers whose components these take"
-        )
+    cls = _class_for(index["_class_name"], index, f"pipeline={str(pipeline)!r}")
     try:
         return cls.from_pretrained(str(pipeline), **kwargs)
     except OSError as error:
@@ -71,6 +60,32 @@ def load_pipeline(pipeline: str | Path, **kwargs: Any) -> DenoiserPipeline:
             f"pipeline={str(pipeline)!r} could not be read: {first_line(error)}; accepted are a whole "
             "pipeline folder and a name (owner/name) on the Hub"
         ) from error
+
+
+def adopt(pipe: DiffusionPipeline) -> DenoiserPipeline:
+    """The pipeline of genkit for one that is loaded: itself, or for one of Diffusers the one that takes its components,
+    shared and not copied.
+
+    Raises:
+        ValueError: a pipeline that makes images of neither prompts nor labels.
+    """
+    if isinstance(pipe, tuple(PIPELINES.values())):
+        return pipe
+    return _class_for(type(pipe).__name__, pipe.components, "the pipeline").from_pipe(pipe)
+
+
+def _class_for(name: str, parts: Mapping[str, Any], what: str) -> type[DenoiserPipeline]:
+    """``parts``: what the pipeline called ``name`` has, by name; ``what`` names it in the error."""
+    if name in PIPELINES:
+        return PIPELINES[name]
+    if parts.get("text_encoder"):
+        return TextToImagePipeline
+    if parts.get("transformer"):
+        return ClassConditionalPipeline
+    raise ValueError(
+        f"{what} is a {name}; accepted are {', '.join(PIPELINES)} and the pipelines of "
+        "Diffusers whose components these take"
+    )
 
 
 def sample_to_folder(
@@ -131,12 +146,7 @@ def sample_to_folder(
         pipe.load_lora_weights(path, f"adapter_{i}", scale)
     if scheduler is not None:
         pipe.register_modules(scheduler=parse_scheduler(scheduler, pipe.scheduler))
-    call = inspect.signature(type(pipe).__call__).parameters
-    steps = call["num_inference_steps"].default if num_inference_steps is None else num_inference_steps
-    open_ended = any(p.kind is p.VAR_KEYWORD for p in call.values())
-    for name in extra:
-        if name in _TAKEN or not open_ended and name not in call:
-            raise ValueError(unknown("arguments: setting", name, call.keys() - _TAKEN))
+    steps = _steps(pipe, num_inference_steps, extra)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     pipe.enable_model_cpu_offload(device=device) if offload else pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
@@ -165,15 +175,8 @@ def sample_to_folder(
     with tqdm(total=len(items), initial=len(items) - len(missing), unit="image", disable=quiet or None) as bar:
         for start in range(0, len(missing), batch_size):
             batch = missing[start : start + batch_size]
-            rng = ItemRNG(seed, batch)
-            what = {given: [items[i] for i in batch]} if given else {"batch_size": len(batch)}
-            images = pipe(
-                num_inference_steps=steps,
-                latents=rng.normal(shape),
-                generator=rng.generators(),
-                **what,
-                **extra,
-            ).images
+            what = [items[i] for i in batch]
+            images = _make(pipe, seed, batch, given, what, shape, num_inference_steps=steps, **extra).images
             for i, image in zip(batch, images, strict=True):
                 folder.save(i, image)
             bar.update(len(batch))
@@ -231,6 +234,31 @@ def _try(pipe: DenoiserPipeline, rule: Guider | None, given, value, steps: int, 
     if rule is not None:
         rule.check((1, *shape), condition)
     return shape
+
+
+def _steps(pipe: DenoiserPipeline, num_inference_steps: int | None, extra: Mapping[str, Any]) -> int:
+    """How many steps a call makes, by default the pipeline's own. Refuses arguments that it does not take."""
+    call = inspect.signature(type(pipe).__call__).parameters
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in call.values())
+    for name in extra:
+        if name in _TAKEN or not open_ended and name not in call:
+            raise ValueError(unknown("arguments: setting", name, call.keys() - _TAKEN))
+    return call["num_inference_steps"].default if num_inference_steps is None else num_inference_steps
+
+
+def _make(
+    pipe: DenoiserPipeline,
+    seed: int,
+    items: Sequence[int],
+    given: str | None,
+    what: Sequence[Any],
+    shape: tuple[int, ...],
+    **arguments: Any,
+) -> PipelineOutput:
+    """The images with the numbers ``items``, of ``what`` each is asked for: pure functions of the seed and number."""
+    rng = ItemRNG(seed, items)
+    told = {given: list(what)} if given else {"batch_size": len(items)}
+    return pipe(latents=rng.normal(shape), generator=rng.generators(), **told, **arguments)
 
 
 def _row(i: int, value: Any, given: str | None) -> dict[str, Any]:

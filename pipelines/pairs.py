@@ -1,7 +1,6 @@
 """What ``genkit pairs`` does: noise and where a model takes it, as data to train on."""
 
 import hashlib
-import inspect
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,7 +30,7 @@ from genkit.denoisers.network import unwrap
 from genkit.pipelines.base import DenoiserPipeline
 from genkit.pipelines.by_name import parse_guider, parse_reward, parse_scheduler, parse_settings
 from genkit.pipelines.classic import decode, is_xl
-from genkit.pipelines.commands import _TAKEN, DTYPES, _asked, _lines, _num_classes, _plain, _try, load_pipeline
+from genkit.pipelines.commands import DTYPES, _asked, _lines, _num_classes, _plain, _steps, _try, load_pipeline
 from genkit.registry import unknown
 from genkit.rewards import Reward
 from genkit.rng import ItemRNG
@@ -102,12 +101,7 @@ def make_pairs(
         pipe = load_pipeline(pipeline, dtype=DTYPES[dtype])
     if scheduler is not None:
         pipe.register_modules(scheduler=parse_scheduler(scheduler, pipe.scheduler))
-    call = inspect.signature(type(pipe).__call__).parameters
-    steps = call["num_inference_steps"].default if num_inference_steps is None else num_inference_steps
-    open_ended = any(p.kind is p.VAR_KEYWORD for p in call.values())
-    for name in extra:
-        if name in _TAKEN or not open_ended and name not in call:
-            raise ValueError(unknown("arguments: setting", name, call.keys() - _TAKEN))
+    steps = _steps(pipe, num_inference_steps, extra)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     pipe.enable_model_cpu_offload(device=device) if offload else pipe.to(device)
     pipe.set_progress_bar_config(disable=True)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from genkit.eval import by_name
-from genkit.eval.inputs import ImageSet
+from genkit.eval.inputs import ImageSet, Maker
 from genkit.eval.statistics import FeatureStats
 from genkit.registry import members
 
@@ -20,8 +20,8 @@ class FeatureSet:
     """What is known of one set of n images.
 
     ``features`` ``(n, d)`` and ``logits`` ``(n, K)`` as the extractor gave them; ``labels`` ``(n,)`` the classes the
-    images were asked for, ``prompts`` the n texts; ``images`` the images themselves, read when asked for. Saved
-    statistics have none of these.
+    images were asked for, ``prompts`` the n texts; ``images`` the images themselves, read when asked for; ``model``
+    what makes them, where that is known. Saved statistics have none of these.
     """
 
     stats: FeatureStats
@@ -30,6 +30,7 @@ class FeatureSet:
     labels: Tensor | None = None
     images: ImageSet | None = None
     prompts: Sequence[str] | None = None
+    model: Maker | None = None
 
     @property
     def fields(self) -> set[str]:
@@ -57,7 +58,7 @@ class FeatureSet:
         )
         images = None if self.images is None else self.images.subset(indices)
         prompts = None if self.prompts is None else [self.prompts[i] for i in indices.tolist()]
-        return FeatureSet(self.stats, features, logits, labels, images, prompts)
+        return FeatureSet(self.stats, features, logits, labels, images, prompts, self.model)
 
 
 class Metric(ABC):

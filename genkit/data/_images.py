@@ -36,14 +36,19 @@ class ImageConfig(SeededConfig):
 
 def prepare(image: Image.Image, config: ImageConfig, flip: bool) -> Tensor:
     """``(C, size, size)`` float32 in [-1, 1], upright by the picture's EXIF orientation."""
-    image = ImageOps.exif_transpose(image).convert(config.mode)
-    if config.resize == "adm":
-        while min(image.size) >= 2 * config.size:
-            image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = config.size / min(image.size)
-    size = (max(round(image.width * scale), config.size), max(round(image.height * scale), config.size))
-    image = image.resize(size, _FILTERS.get(config.resize, Image.Resampling.BICUBIC))
-    left, top = (image.width - config.size) // 2, (image.height - config.size) // 2
-    pixels = np.array(image.crop((left, top, left + config.size, top + config.size)), dtype=np.float32)
+    image = centre_crop(ImageOps.exif_transpose(image).convert(config.mode), config.size, config.resize)
+    pixels = np.array(image, dtype=np.float32)
     sample = torch.from_numpy(pixels).view(config.size, config.size, -1).permute(2, 0, 1) / 127.5 - 1
     return (sample.flip(2) if flip else sample).contiguous()
+
+
+def centre_crop(image: Image.Image, size: int, resize: str) -> Image.Image:
+    """The centre ``size x size`` of the image, once resized so that its shorter side is ``size``."""
+    if resize == "adm":
+        while min(image.size) >= 2 * size:
+            image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    new = (max(round(image.width * scale), size), max(round(image.height * scale), size))
+    image = image.resize(new, _FILTERS.get(resize, Image.Resampling.BICUBIC))
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))

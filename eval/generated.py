@@ -1,0 +1,277 @@
+"""Images that a pipeline makes when a metric asks for them."""
+
+import contextlib
+import inspect
+import math
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from genkit.denoisers.base import Condition, Denoiser
+from genkit.eval.asked import Asked, as_asked
+from genkit.eval.inputs import ImageSet, Maker, UnreadableImage
+from genkit.eval.preparation import Crop, Preparation, preparation
+from genkit.eval.processes import gather
+from genkit.guidance.base import Guider
+from genkit.pipelines.autoregressive import AutoregressivePipeline
+from genkit.pipelines.base import DenoiserPipeline, PipelineOutput
+from genkit.pipelines.by_name import parse_guider
+from genkit.pipelines.commands import _asked, _make, _num_classes, _plain, _steps, _try, adopt
+from genkit.registry import unknown
+from genkit.rng import ItemRNG
+
+
+def generated_images(
+    pipe: DiffusionPipeline,
+    asked: Asked | Sequence[str] | Sequence[int] | Tensor | int,
+    *,
+    seed: int = 0,
+    num_inference_steps: int | None = None,
+    guider: str | Guider | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    batch_size: int = 64,
+    size: int | None = None,
+    crop: Crop | None = None,
+    name: str | None = None,
+    folder: str | Path | None = None,
+) -> ImageSet:
+    """Images that ``pipe`` makes when they are asked for, once each: image ``i`` is a function of ``(seed, i)``.
+
+    They are kept in a file in a temporary folder that lasts as long as the set. ``ImageSet.model`` is a
+    :class:`Model`, which counts what they take. The pipeline must stay as it is while the set is used; it computes
+    where it is, with its modules in evaluation mode. An image that is NaN, or that a safety checker blackened, is one
+    that cannot be read.
+
+    Args:
+        pipe: of genkit, a ``ClassConditionalPipeline``, ``TextToImagePipeline``, ``FewStepPipeline`` or
+            ``AutoregressivePipeline``; or one of Diffusers whose components these take.
+        asked: what :func:`genkit.eval.asked.matched` or ``evenly`` gives; prompts; labels; or how many, of an
+            unconditional network.
+        num_inference_steps: by default the pipeline's own.
+        guider: an object or, as on a command line, ``apg:guidance_scale=4``.
+        arguments: others of the pipeline's call, such as ``height`` or ``negative_prompt``.
+        batch_size: images that are made together.
+        size, crop: see :class:`genkit.eval.preparation.Preparation`, for images that the pipeline makes larger.
+        name: what results call the set; by default the pipeline's folder or class.
+        folder: where the temporary folder goes, if not where Python puts them.
+
+    Raises:
+        ValueError: before any image is made: labels for a network that takes prompts or the reverse, labels out of
+            range, settings that the pipeline does not take, no room for the images.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: must be at least 1")
+    asked = as_asked(asked)
+    prepare = preparation(size, crop)
+    name = name or Path(pipe.config.get("_name_or_path") or type(pipe).__name__).name
+    settings = dict(arguments or {})
+    model: Model
+    if isinstance(pipe, AutoregressivePipeline):
+        for setting, value in {"num_inference_steps": num_inference_steps, "guider": guider}.items():
+            if value is not None:
+                raise ValueError(f"{setting}={value!r}: an autoregressive pipeline has none; it takes guidance_scale")
+        model = _Autoregressive(pipe, asked, seed, settings, name)
+    else:
+        rule = parse_guider(guider) if isinstance(guider, str) else guider
+        model = _Denoising(adopt(pipe), asked, seed, settings, name, num_inference_steps, rule)
+    spool = _Spool(model, asked.n, batch_size, prepare, folder)
+    c, h, w = spool.shape
+    kind = "uint8 {} {}x{}".format({1: "L", 3: "RGB"}.get(c, f"{c} channels"), *reversed(model.image_shape[1:]))
+    kind += f", {prepare}" if prepare else ""
+    return ImageSet(name, asked.n, spool.load, asked.labels, asked.prompts, kind, model=model)
+
+
+class Model(Maker):
+    """A pipeline and what it is asked for.
+
+    Attributes:
+        image_shape: ``(C, H, W)`` of an image as the pipeline makes it.
+    """
+
+    pipe: Any
+    image_shape: tuple[int, int, int]
+
+    def __init__(self, asked: Asked, seed: int):
+        self.asked, self.seed = asked, seed
+        self._calls, self._images = 0, 0
+
+    def network_calls(self) -> float | None:
+        calls, images = (sum(column) for column in zip(*gather((self._calls, self._images)), strict=True))
+        return calls / images if images else None
+
+    def make(self, items: Sequence[int]) -> tuple[Tensor, dict[int, str]]:
+        """uint8 ``(B, C, H, W)``, and what is wrong with which row."""
+        with _as_evaluated(self.pipe):
+            output = self._call(items)
+        self._calls += output.network_calls * len(items)
+        self._images += len(items)
+        images = output.images.float().cpu()
+        flagged = output.nsfw_content_detected or [False] * len(items)
+        bad = {}
+        for row, item in enumerate(items):
+            if images[row].isnan().any():
+                bad[row] = f"image {item} of {self.made_with['model']} is NaN"
+            elif flagged[row]:
+                bad[row] = f"image {item} of {self.made_with['model']} was blackened by the safety checker"
+        return (images.nan_to_num() * 255).round().clamp(0, 255).to(torch.uint8), bad
+
+    def _call(self, items: Sequence[int]) -> PipelineOutput:
+        raise NotImplementedError
+
+
+class _Denoising(Model):
+    def __init__(
+        self,
+        pipe: DenoiserPipeline,
+        asked: Asked,
+        seed: int,
+        arguments: dict[str, Any],
+        name: str,
+        num_inference_steps: int | None,
+        guider: Guider | None,
+    ):
+        super().__init__(asked, seed)
+        steps = _steps(pipe, num_inference_steps, arguments)
+        takes_prompts, network = pipe.classic is not None, type(pipe.network).__name__
+        if takes_prompts and asked.prompts is None:
+            has = "no prompts" if asked.labels is None else "labels without names"
+            raise ValueError(
+                f"{network} takes prompts, and {asked.of} has {has}; accepted are prompts, or labels with class_names"
+            )
+        conditional = takes_prompts or _num_classes(pipe.network) > 0
+        if conditional and not takes_prompts and asked.labels is None:
+            raise ValueError(f"{network} takes class labels, and {asked.of} has none")
+        # Only what a model takes is told to it; a reference may well know more.
+        if takes_prompts:
+            self._values: Sequence[Any] = list(asked.prompts or ())
+            _, self._given = _asked(pipe, self._values, ())
+        elif conditional:
+            self._values = asked.labels.tolist()  # type: ignore[union-attr]
+            _, self._given = _asked(pipe, (), [str(label) for label in sorted(set(self._values))])
+        else:
+            self._values, self._given = [None] * asked.n, None
+        with _as_evaluated(pipe):
+            self.shape = _try(pipe, guider, self._given, self._values[0], steps, arguments)
+        vae = pipe.components.get("vae")
+        factor = pipe.image_processor.config.vae_scale_factor
+        channels = self.shape[0] if vae is None else vae.config.out_channels
+        self.image_shape = (channels, self.shape[1] * factor, self.shape[2] * factor)
+        self.pipe, self._arguments = pipe, {**arguments, "num_inference_steps": steps}
+        self.made_with = {"model": name, "steps": steps, "scheduler": type(pipe.scheduler).__name__, "seed": seed}
+        chosen = pipe.components.get("guider") if guider is None else guider
+        if guider is not None:
+            self._arguments["guider"] = guider
+        if chosen is not None:
+            self.made_with |= {"guider": type(chosen).__module__.rpartition(".")[2], **_settings(chosen)}
+        self.made_with |= arguments
+
+    def denoiser(self) -> Denoiser:
+        return self.pipe.denoiser()
+
+    def start(self, items: Sequence[int], seed: int) -> tuple[Tensor, Condition]:
+        told = self.pipe.told(self._arguments)
+        if self._given:
+            told[self._given] = [self._values[i] for i in items]
+        condition = self.pipe.encode(**told)
+        device = self.pipe._execution_device
+        return ItemRNG(seed, items).normal(self.shape).to(device), condition.to(device)
+
+    def _call(self, items: Sequence[int]) -> PipelineOutput:
+        what = [self._values[i] for i in items]
+        arguments = {**self._arguments, "output_type": "pt"}
+        return _make(self.pipe, self.seed, items, self._given, what, self.shape, **arguments)
+
+
+def _settings(guider: Guider) -> dict[str, Any]:
+    """Its scale, and what else is not as by default."""
+    default = inspect.signature(type(guider)).parameters
+    settings = {k: v for k, v in _plain(guider).items() if k in default}
+    return {k: v for k, v in settings.items() if k == "guidance_scale" or v != default[k].default}
+
+
+class _Autoregressive(Model):
+    def __init__(self, pipe: AutoregressivePipeline, asked: Asked, seed: int, arguments: dict[str, Any], name: str):
+        super().__init__(asked, seed)
+        for setting in arguments:
+            if setting != "guidance_scale":
+                raise ValueError(unknown("arguments: setting", setting, ["guidance_scale"]))
+        if asked.labels is None:
+            raise ValueError(f"{type(pipe.transformer).__name__} takes class labels, and {asked.of} has none")
+        count = pipe.transformer.config.num_classes
+        if not 0 <= int(asked.labels.min()) <= int(asked.labels.max()) < count:
+            span = f"{int(asked.labels.min())} to {int(asked.labels.max())}"
+            raise ValueError(f"class_labels: {asked.of} has {span}; accepted are 0 to {count - 1}")
+        self.pipe, self._arguments = pipe, arguments
+        self.image_shape = (1, pipe.transformer.config.sample_size, pipe.transformer.config.sample_size)
+        self.made_with = {"model": name, "seed": seed, **arguments}
+
+    def _call(self, items: Sequence[int]) -> PipelineOutput:
+        assert self.asked.labels is not None
+        labels = self.asked.labels[list(items)]
+        generators = ItemRNG(self.seed, items).generators()
+        return self.pipe(labels, generator=generators, output_type="pt", **self._arguments)
+
+
+class _Spool:
+    """The images that have been made, in a file."""
+
+    def __init__(self, model: Model, n: int, batch_size: int, prepare: Preparation | None, folder: str | Path | None):
+        self.model, self.batch_size, self.prepare = model, batch_size, prepare
+        c, h, w = model.image_shape
+        if prepare is not None and c not in (1, 3):
+            raise ValueError(f"size={prepare.size}: images of {c} channels cannot be resized; accepted are 1 and 3")
+        self.shape = (c, h, w) if prepare is None else (c, prepare.size, prepare.size)
+        self._folder = tempfile.TemporaryDirectory(prefix="genkit-images-", dir=folder, ignore_cleanup_errors=True)
+        needed, free = n * math.prod(self.shape), shutil.disk_usage(self._folder.name).free
+        if needed > free:  # a mapped file without room behind it would end the process
+            raise ValueError(
+                f"folder={str(folder or tempfile.gettempdir())!r}: {n} images take {needed:,} bytes, {free:,} are free"
+            )
+        path = Path(self._folder.name) / "images.bin"
+        self._images = np.memmap(path, dtype=np.uint8, mode="w+", shape=(n, *self.shape))
+        self._made = torch.zeros(n, dtype=torch.bool)
+        self._bad: dict[int, str] = {}
+
+    def load(self, indices: Tensor) -> Tensor:
+        missing = indices[~self._made[indices]].unique()
+        for batch in missing.split(self.batch_size) if len(missing) else ():
+            items = batch.tolist()
+            images, bad = self.model.make(items)
+            self._images[items] = self._prepared(images).numpy()
+            self._bad.update({items[row]: message for row, message in bad.items()})
+            self._made[batch] = True
+        for item in indices.tolist():
+            if item in self._bad:
+                raise UnreadableImage(item, self._bad[item])
+        return torch.from_numpy(self._images[indices.numpy()])
+
+    def _prepared(self, images: Tensor) -> Tensor:
+        return images if self.prepare is None else torch.stack([self.prepare.tensor(image) for image in images])
+
+
+@contextlib.contextmanager
+def _as_evaluated(pipe: Any) -> Iterator[None]:
+    """Without dropout, gradients and progress bars, and after it as before."""
+    training = [m for part in pipe.components.values() if isinstance(part, nn.Module) for m in part.modules()]
+    training = [m for m in training if m.training]
+    bars = getattr(pipe, "_progress_bar_config", None)
+    try:
+        for module in training:
+            module.training = False
+        pipe.set_progress_bar_config(**{**(bars or {}), "disable": True})
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+        if bars is None:
+            del pipe._progress_bar_config
+        else:
+            pipe._progress_bar_config = bars

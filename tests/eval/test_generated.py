@@ -1,0 +1,227 @@
+"""Images that pipelines make on demand."""
+
+import gc
+import random
+
+import diffusers
+import numpy
+import pytest
+import torch
+from PIL import Image
+
+from genkit.eval.asked import evenly, matched
+from genkit.eval.generated import generated_images
+from genkit.eval.inputs import UnreadableImage, read_images
+from genkit.eval.run import evaluate
+from genkit.guidance import CFG
+from genkit.networks.dit import DiT
+from genkit.networks.gpt import GPT
+from genkit.pipelines import ClassConditionalPipeline, TextToImagePipeline
+from genkit.pipelines.autoregressive import AutoregressivePipeline
+from genkit.rng import ItemRNG
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    torch.manual_seed(0)
+    net = DiT(hidden_size=16, num_layers=1, num_heads=2, patch_size=4)
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    return ClassConditionalPipeline(net.eval(), diffusers.FlowMatchEulerDiscreteScheduler())
+
+
+@pytest.fixture(scope="module")
+def real():
+    images = read_images("digits")
+    return read_images((images.load(torch.arange(60)), images.labels[:60]))
+
+
+def everything(images):
+    return images.load(torch.arange(images.n))
+
+
+def test_an_image_is_that_of_its_seed_and_number(pipe):
+    images = generated_images(pipe, [5, 6, 7], seed=3, num_inference_steps=2, guider="cfg:guidance_scale=2.0")
+    made = everything(images)
+    noise = ItemRNG(3, [1]).normal((1, 8, 8))
+    expected = pipe([6], 2, latents=noise, guider=CFG(guidance_scale=2.0)).images[0]
+    assert numpy.array_equal(made[1, 0].numpy(), numpy.asarray(expected))
+    assert images.labels.tolist() == [5, 6, 7] and images.prompts is None and images.kind == "uint8 L 8x8"
+    one = generated_images(pipe, [5, 6, 7], seed=3, num_inference_steps=2, guider=CFG(guidance_scale=2.0), batch_size=1)
+    assert torch.equal(one.load(torch.tensor([2, 0, 2])), made[[2, 0, 2]])
+    other = generated_images(pipe, [5, 6, 7], seed=4, num_inference_steps=2)
+    assert not torch.equal(everything(other), made)
+
+
+def test_images_are_made_once_and_calls_counted(pipe):
+    images = generated_images(pipe, [1] * 10, num_inference_steps=3, batch_size=4)
+    assert images.model.network_calls() is None
+    everything(images)
+    first = pipe.transformer.forward
+
+    def never(*args, **kwargs):
+        raise AssertionError("generated again")
+
+    pipe.transformer.forward = never
+    try:
+        everything(images.subset(torch.tensor([9, 0])))
+    finally:
+        pipe.transformer.forward = first
+    assert images.model.network_calls() == 3
+    guided = generated_images(pipe, [1] * 2, num_inference_steps=3, guider="cfg:guidance_scale=2.0")
+    everything(guided)
+    assert guided.model.network_calls() == 6
+
+
+def test_the_file_goes_with_the_set(pipe, tmp_path):
+    images = generated_images(pipe, [1, 2], num_inference_steps=1, folder=tmp_path)
+    everything(images)
+    assert len(list(tmp_path.rglob("images.bin"))) == 1
+    del images
+    gc.collect()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_evaluated_like_any_set(pipe, real):
+    def result():
+        images = generated_images(pipe, matched(real), num_inference_steps=2, guider="cfg:guidance_scale=2.0")
+        return evaluate(real, images, quiet=True)
+
+    before = torch.random.get_rng_state(), numpy.random.get_state()[1].copy(), random.getstate()
+    first = result()
+    assert torch.equal(before[0], torch.random.get_rng_state()) and before[2] == random.getstate()
+    assert numpy.array_equal(before[1], numpy.random.get_state()[1])
+    assert first.model_dump_json() == result().model_dump_json()
+    assert first.nfe == 4 and first.protocol.matched == "labels" and first.protocol.generated_images == "uint8 L 8x8"
+    assert first.made_with == {
+        "model": "ClassConditionalPipeline",
+        "steps": 2,
+        "scheduler": "FlowMatchEulerDiscreteScheduler",
+        "seed": 0,
+        "guider": "cfg",
+        "guidance_scale": 2.0,
+    }
+    with pytest.raises(ValueError, match="nfe=3.*counted"):
+        evaluate(real, generated_images(pipe, matched(real)), nfe=3)
+
+
+def test_matched_keeps_every_class_its_share(real):
+    whole = matched(real)
+    assert torch.equal(whole.labels, real.labels.sort().values)
+    half = matched(real, 30)
+    assert (half.labels.bincount(minlength=10) - real.labels.bincount(minlength=10) / 2).abs().max() < 1
+    names = {i: f"digit {i}, numeral" for i in range(10)}
+    asked = matched(real, class_names=names)
+    assert asked.prompts == [f"a photo of a digit {i}" for i in asked.labels.tolist()]
+    assert matched(real, 1, class_names=names, template="{}!").prompts == ["digit 0!"]
+    with pytest.raises(ValueError, match="class_names: no name for label 9"):
+        matched(real, class_names=list("abcdefghi"))
+    with pytest.raises(ValueError, match="template='x': must have one {}"):
+        matched(real, template="x")
+    with pytest.raises(ValueError, match="n=0: must be at least 1"):
+        matched(real, 0)
+    assert evenly(10, 25).labels.bincount().tolist() == [3, 2, 3, 2, 3, 2, 3, 2, 3, 2]
+
+
+def test_bad_requests_are_refused_before_any_image(pipe, real, tiny_pipeline, monkeypatch):
+    def never(*args, **kwargs):
+        raise AssertionError("the network was called")
+
+    monkeypatch.setattr(pipe.transformer, "forward", never)
+    for asked, settings, match in (
+        ([1, 12], {}, "accepted are 0 to 9"),
+        (["a cat"], {}, "takes class labels, and what is asked has none"),
+        (4, {}, "takes class labels"),
+        ([], {}, "asked: expected texts"),
+        ([True], {}, "asked: expected texts"),
+        ([1], {"num_inference_steps": 0}, "num_inference_steps=0"),
+        ([1], {"guider": "nothing"}, "nothing"),
+        ([1], {"arguments": {"height": 3}}, "height"),
+        ([1], {"batch_size": 0}, "batch_size=0"),
+        ([1], {"crop": "squash"}, "crop='squash' has no effect without size"),
+        ([1], {"size": 0}, "size=0"),
+        ([1], {"size": 4, "crop": "middle"}, "crop"),
+        ([1], {"size": 2**21}, "bytes, .* are free"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            generated_images(pipe, asked, **settings)
+    text = tiny_pipeline("sd15")
+    with pytest.raises(ValueError, match="takes prompts, and reference .* has labels without names"):
+        generated_images(text, matched(real))
+    with pytest.raises(ValueError, match="accepted are ClassConditionalPipeline"):
+        generated_images(diffusers.DDPMPipeline(torch.nn.Identity(), diffusers.DDPMScheduler()), 3)
+
+
+def test_a_pipeline_of_diffusers_and_a_preparation(tiny_pipeline):
+    pipe = tiny_pipeline("sd15")
+    prompts = ["a cat", "two dogs"]
+    images = generated_images(pipe, prompts, num_inference_steps=2, guider="cfg:guidance_scale=3.0")
+    own = TextToImagePipeline.from_pipe(pipe)
+    shape = own.sample_shape()
+    expected = own(
+        prompts[1:], 2, guidance_scale=3.0, latents=ItemRNG(0, [1]).normal(shape),
+        generator=ItemRNG(0, [1]).generators(),
+    ).images[0]  # fmt: skip
+    made = everything(images)
+    assert (made[1].permute(1, 2, 0).int() - torch.from_numpy(numpy.array(expected)).int()).abs().max() <= 1
+    assert images.prompts == prompts and images.labels is None
+    small = generated_images(
+        pipe, prompts, num_inference_steps=2, guider="cfg:guidance_scale=3.0", size=5, crop="squash"
+    )
+    side = made.shape[-1]
+    assert small.kind == f"uint8 RGB {side}x{side}, to 5x5 (squashed, bicubic)"
+    whole = Image.fromarray(made[0].permute(1, 2, 0).numpy()).resize((5, 5), Image.Resampling.BICUBIC)
+    assert numpy.array_equal(everything(small)[0].permute(1, 2, 0).numpy(), numpy.array(whole))
+
+
+def test_dit_of_diffusers(tiny_pipeline):
+    images = generated_images(tiny_pipeline("dit"), [3, 999], num_inference_steps=1)
+    assert everything(images).shape[:2] == (2, 3)
+    with pytest.raises(ValueError, match="accepted are 0 to 999"):
+        generated_images(tiny_pipeline("dit"), [1000])
+
+
+def test_networks_do_not_drop_out_and_stay_as_they_were(pipe):
+    expected = everything(generated_images(pipe, [1, 2], num_inference_steps=1))
+    pipe.transformer.train()
+    try:
+        images = generated_images(pipe, [1, 2], num_inference_steps=1)
+        assert torch.equal(everything(images), expected) and pipe.transformer.training
+    finally:
+        pipe.transformer.eval()
+    assert not getattr(pipe, "_progress_bar_config", None)
+
+
+def test_autoregressive():
+    torch.manual_seed(0)
+    pipe = AutoregressivePipeline(GPT(hidden_size=16, num_layers=1, num_heads=2, sample_size=4).eval())
+    images = generated_images(pipe, [1, 2, 3], arguments={"guidance_scale": 2.0}, batch_size=2)
+    made = everything(images)
+    assert made.shape == (3, 1, 4, 4) and images.model.network_calls() == 32
+    again = generated_images(pipe, [1, 2, 3], arguments={"guidance_scale": 2.0}, batch_size=1)
+    assert torch.equal(again.load(torch.tensor([2])), made[2:])
+    for asked, settings, match in (
+        ([1], {"num_inference_steps": 3}, "num_inference_steps=3"),
+        ([1], {"arguments": {"steps": 3}}, "steps"),
+        ([10], {}, "10 to 10; accepted are 0 to 9"),
+        (["a"], {}, "takes class labels"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            generated_images(pipe, asked, **settings)
+
+
+def test_a_nan_is_left_out_and_named(pipe, real, monkeypatch):
+    forward = pipe.transformer.forward
+
+    def broken(x, t, s, class_labels, scalars):
+        return forward(x, t, s, class_labels, scalars).masked_fill((class_labels == 7)[:, None, None, None], torch.nan)
+
+    monkeypatch.setattr(pipe.transformer, "forward", broken)
+    images = generated_images(pipe, matched(real, 20), num_inference_steps=1)
+    with pytest.raises(UnreadableImage, match="is NaN"):
+        everything(images)
+    sevens = int((images.labels == 7).sum())
+    result = evaluate(real, images, quiet=True)
+    assert result.protocol.n_gen == 20 - sevens and f"{sevens} of 20 images" in result.notes[0]
+    with pytest.raises(ValueError, match="is NaN"):
+        evaluate(real, generated_images(pipe, matched(real, 20), num_inference_steps=1), strict=True, quiet=True)
