@@ -1,7 +1,8 @@
 """What an evaluation returns: values, and the protocol without which they mean nothing."""
 
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -66,12 +67,33 @@ def require_comparable(results: Sequence[Result]) -> None:
 
     A distance of 5,000 images is larger than that of 50,000 from the same model, so tables call this first.
     """
-    for field in COMPARED:
-        values = {getattr(result.protocol, field) for result in results}
-        if len(values) > 1:
-            raise ValueError(f"results with different {field} cannot be compared: {sorted(map(str, values))}")
-    settings: dict[str, dict] = {}
-    for result in results:
-        for name, chosen in result.protocol.metrics.items():
-            if settings.setdefault(name, chosen) != chosen:
-                raise ValueError(f"results with different settings of {name!r}: {settings[name]} and {chosen}")
+    for name, values in differences([result.protocol.model_dump(mode="json") for result in results]).items():
+        if name.startswith("metrics."):
+            chosen = " and ".join(map(str, values))
+            raise ValueError(f"results with different settings of {name.removeprefix('metrics.')!r}: {chosen}")
+        raise ValueError(f"results with different {name} cannot be compared: {sorted(map(str, values))}")
+
+
+def differences(protocols: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """Values by setting, of the settings in which rows differ; nothing where they can be compared.
+
+    Of the protocol of ``genkit eval run`` count those in ``COMPARED``, and of its metrics' settings those of metrics
+    that rows share. Others must agree whole, and a row without a protocol agrees with none.
+    """
+    flat = [_compared(protocol) for protocol in protocols]
+    found: dict[str, list[Any]] = {}
+    for key in dict.fromkeys(key for one in flat for key in one):
+        values = [one.get(key) for one in flat if key in one or not key.startswith("metrics.")]
+        distinct = {json.dumps(value, sort_keys=True, default=str): value for value in values}
+        if len(distinct) > 1:
+            found[key] = list(distinct.values())
+    return found
+
+
+def _compared(protocol: Mapping[str, Any]) -> dict[str, Any]:
+    kept = dict(protocol)
+    if set(kept) <= set(Protocol.model_fields) and {"extractor", "metrics", "versions"} <= set(kept):
+        kept = {name: kept.get(name) for name in (*COMPARED, "metrics")}
+    if isinstance(kept.get("metrics"), dict):
+        kept |= {f"metrics.{name}": chosen for name, chosen in kept.pop("metrics").items()}
+    return kept

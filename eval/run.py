@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 import genkit
 from genkit.eval.extractors.base import Extractor, extract, get_extractor
 from genkit.eval.inputs import ImageSet, UnreadableImage, read_images
+from genkit.eval.metrics._per_image import PerImage
 from genkit.eval.metrics.base import FeatureSet, Metric, all_metrics, get_metric
 from genkit.eval.processes import gather, gather_rows, own, rank_and_count
 from genkit.eval.result import Protocol, Result
@@ -184,8 +185,14 @@ def evaluate(
     )
     assert fake is not None
     values: dict[str, float] = {}
+    scores: dict[str, Tensor] = {}
     for metric in chosen:
-        new = metric(real, fake)
+        if isinstance(metric, PerImage):
+            every = metric.every(real, fake)
+            scores |= every
+            new = metric.summary(every)
+        else:
+            new = metric(real, fake)
         if both := values.keys() & new:
             raise ValueError(f"metrics: {metric.name!r} and another one both give {sorted(both)}")
         values |= new
@@ -218,7 +225,7 @@ def evaluate(
         made_with={**({} if model is None else model.made_with), **(made_with or {})},
         intervals=_intervals(chosen, real, fake, intervals, seed),
     )
-    return result if output is None else save_evaluation(output, result, real, fake)
+    return result if output is None else save_evaluation(output, result, real, fake, scores)
 
 
 def _intervals(

@@ -1,47 +1,104 @@
 """The folder of an evaluation: its result, and the images that a report shows of it."""
 
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from genkit.eval.directions import better
 from genkit.eval.metrics.base import FeatureSet
+from genkit.eval.metrics.realism import Realism
+from genkit.eval.per_class import per_class
 from genkit.eval.processes import rank_and_count, wait
 from genkit.eval.result import Result
 
-RESULT, IMAGES = "result.json", "images.safetensors"
-FIRST = 64
+RESULT, IMAGES, SCORES = "result.json", "images.safetensors", "scores.safetensors"
+FIRST, EXTREMES = 64, 16
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A result, and uint8 images ``(n, C, H, W)`` by what they are."""
+    """A result, and uint8 images ``(k, C, H, W)``: the ``first``, and by the score in ``ranked`` the ``worst`` and
+    ``best`` ones, extreme first.
+
+    ``scores`` has what was measured of every single image, ``(n,)`` by name; ``labels`` ``(n,)`` the classes that they
+    were asked for, where known.
+    """
 
     folder: Path
     result: Result
-    images: dict[str, Tensor]
+    images: dict[str, Tensor] = field(default_factory=dict)
+    scores: dict[str, Tensor] = field(default_factory=dict)
+    labels: Tensor | None = None
+
+    @property
+    def ranked(self) -> str | None:
+        return ranking_score(self.scores)
 
 
-def save_evaluation(folder: str | Path, result: Result, reference: FeatureSet | None, generated: FeatureSet) -> Result:
-    """Write ``images.safetensors`` and, last and in one move, ``result.json``: with it the evaluation is whole.
+def ranking_score(scores: Mapping[str, Tensor]) -> str | None:
+    """The score by which images are worst and best: ``realism``, else the first by name that has a better way."""
+    return min((name for name in scores if better(name)), key=lambda name: (name != "realism", name), default=None)
 
-    The first images are the same ones in every evaluation of as many, so that reports show models side by side.
+
+def extremes(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The numbers of the ``worst`` and of the ``best`` images, extreme first; nothing where nothing ranks them."""
+    name = ranking_score(scores)
+    if name is None:
+        return {}
+    order = scores[name].argsort(stable=True, descending=better(name) == "higher")  # the best first
+    k = min(EXTREMES, len(order) // 2)
+    return {"worst": order.flip(0)[:k], "best": order[:k]}
+
+
+def save_evaluation(
+    folder: str | Path,
+    result: Result,
+    reference: FeatureSet | None,
+    generated: FeatureSet,
+    scores: Mapping[str, Tensor] | None = None,
+) -> Result:
+    """Write images and scores and, last and in one move, ``result.json``: with it the evaluation is whole.
+
+    The first images are the same ones in every evaluation of as many, so that reports show models side by side. Where
+    there are features of both sides, images are ranked by realism. Of several processes all call it, the first writes;
+    the result returned, with its values by class, is the one in the folder.
+
+    Args:
+        scores: what metrics gave for every single image, ``(n,)`` by name.
     """
-    folder = Path(folder)
-    shown: dict[str, Tensor] = {}
-    if generated.images is not None:
-        shown["first"] = generated.images.load(torch.arange(min(generated.images.n, FIRST)))
+    folder, scores = Path(folder), dict(scores or {})
+    ranks = Realism()
+    if "realism" not in scores and not ranks.missing(
+        *(set() if s is None else s.fields for s in (reference, generated))
+    ):
+        assert reference is not None and reference.features is not None
+        if generated.stats.dim and len(reference.features) > ranks.k:
+            scores |= ranks.every(reference, generated)
+    result = result.model_copy(update={"per_class": per_class(reference, generated, scores)})
     if rank_and_count()[0] == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f"{IMAGES}.partial"
-        save_file({name: images.contiguous() for name, images in shown.items()}, partial)
-        os.replace(partial, folder / IMAGES)
+        (folder / RESULT).unlink(missing_ok=True)  # what an earlier evaluation left here is whole no longer
+        shown: dict[str, Tensor] = {}
+        if generated.images is not None:
+            chosen = {"first": torch.arange(min(generated.images.n, FIRST)), **extremes(scores)}
+            shown = {name: generated.images.load(rows) for name, rows in chosen.items() if len(rows)}
+        known = scores if generated.labels is None else {**scores, "labels": generated.labels.long()}
+        _save(folder / IMAGES, shown)
+        _save(folder / SCORES, known)
         result.save(folder / RESULT)
     wait()
     return result
+
+
+def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    partial = path.with_name(path.name + ".partial")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
+    os.replace(partial, path)
 
 
 def load_evaluation(folder: str | Path) -> Evaluation:
@@ -53,5 +110,6 @@ def load_evaluation(folder: str | Path) -> Evaluation:
     folder = Path(folder)
     if not (folder / RESULT).is_file():
         raise FileNotFoundError(f"{folder}: no {RESULT}, so no evaluation that was finished")
-    images = load_file(folder / IMAGES) if (folder / IMAGES).is_file() else {}
-    return Evaluation(folder, Result.load(folder / RESULT), images)
+    images, scores = (load_file(folder / name) if (folder / name).is_file() else {} for name in (IMAGES, SCORES))
+    labels = scores.pop("labels", None)
+    return Evaluation(folder, Result.load(folder / RESULT), images, scores, labels)

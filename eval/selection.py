@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from genkit.eval.directions import better
 from genkit.eval.mmhm import METRICS, Direction, comparable, mmhm, pareto_front, ranking, stability
-from genkit.eval.tables import Row, differences, find_column, numbers, plain, protocol, read_rows, write_csv
+from genkit.eval.result import differences
+from genkit.eval.tables import Row, find_column, numbers, plain, protocol, read_rows, write_csv
 
 ALIASES = {
     "fid": ("fid",),
@@ -16,6 +18,7 @@ ALIASES = {
     "pick_score": ("pick_score", "pickscore"),
 }
 FEW = 5
+DIRECTIONS: dict[str | None, Direction] = {"lower": "min", "higher": "max"}
 
 
 def rank_rows(
@@ -123,7 +126,7 @@ def _ties(rows: Sequence[Row]) -> dict[str, list[float]]:
 
 
 def parse_metrics(text: str) -> dict[str, Direction]:
-    """``fid,lpips:min,psnr:max``: names, and which way is better where it is not one of the published four.
+    """``fid,lpips,sharpness:max``: names, and which way is better where no metric of ours declares it.
 
     Raises:
         ValueError: a name without a direction, one named twice, another direction.
@@ -132,10 +135,11 @@ def parse_metrics(text: str) -> dict[str, Direction]:
     for part in text.split(","):
         name, _, direction = (piece.strip() for piece in part.partition(":"))
         name = _canonical(name)
-        direction = direction or METRICS.get(name, "")
+        direction = direction or DIRECTIONS.get(better(name), "")
         if not name or direction not in ("min", "max"):
             raise ValueError(
-                f"metrics: {part.strip()!r}; expected NAME:min or NAME:max, or one of {', '.join(METRICS)}"
+                f"metrics: {part.strip()!r}; expected NAME:min or NAME:max, or a name whose better way is known, such "
+                f"as {', '.join(METRICS)}"
             )
         if name in found:
             raise ValueError(f"metrics: {name!r} is named twice")

@@ -4,11 +4,9 @@ import csv
 import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-from genkit.eval.result import COMPARED, Protocol
 
 Row = dict[str, Any]
 
@@ -133,31 +131,6 @@ def _parsed(cell: Any) -> Any:
         return json.loads(cell) if isinstance(cell, str) else cell
     except json.JSONDecodeError:
         return cell
-
-
-def differences(protocols: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """Values by setting, of the settings in which rows differ; nothing where they can be compared.
-
-    Of the protocol of ``genkit eval run`` count those that ``require_comparable`` looks at, and of its metrics'
-    settings those of metrics that rows share. Others must agree whole, and a row without a protocol agrees with none.
-    """
-    flat = [_compared(protocol) for protocol in protocols]
-    found: dict[str, list[Any]] = {}
-    for key in dict.fromkeys(key for one in flat for key in one):
-        values = [one.get(key) for one in flat if key in one or not key.startswith("metrics.")]
-        distinct = {json.dumps(value, sort_keys=True, default=str): value for value in values}
-        if len(distinct) > 1:
-            found[key] = list(distinct.values())
-    return found
-
-
-def _compared(protocol: Mapping[str, Any]) -> dict[str, Any]:
-    kept = dict(protocol)
-    if set(kept) <= set(Protocol.model_fields) and {"extractor", "metrics", "versions"} <= set(kept):
-        kept = {name: kept.get(name) for name in (*COMPARED, "metrics")}
-    if isinstance(kept.get("metrics"), dict):
-        kept |= {f"metrics.{name}": chosen for name, chosen in kept.pop("metrics").items()}
-    return kept
 
 
 def write_csv(path: str | Path, rows: Sequence[Row]) -> None:

@@ -35,7 +35,11 @@ class PerImage(Metric):
         return {name: torch.cat([share[name] for share in shares if share]) for name in next(filter(None, shares))}
 
     def __call__(self, reference: FeatureSet | None, generated: FeatureSet) -> dict[str, float]:
-        return {name: of.mean().item() for name, of in self.every(reference, generated).items()}
+        return self.summary(self.every(reference, generated))
+
+    def summary(self, every: dict[str, Tensor]) -> dict[str, float]:
+        """What is said of all images together: the means."""
+        return {name: of.mean().item() for name, of in every.items()}
 
     def check_pairs(self, reference: FeatureSet, generated: FeatureSet) -> None:
         """Raise ``ValueError`` unless both sides have as many images."""

@@ -24,6 +24,7 @@ def class_accuracy(logits: Tensor, labels: Tensor) -> float:
 class Accuracy(Metric):
     """``class_accuracy`` of the generated images; needs the labels they were asked for, and no reference."""
 
+    better = {"class_accuracy": "higher"}
     reads_reference = ()
     reads_generated = ("logits", "labels")
 

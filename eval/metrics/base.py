@@ -1,9 +1,9 @@
 """What a metric is: a function of a generated set, and mostly of a reference set, that declares what it reads."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -13,6 +13,8 @@ from genkit.eval.statistics import FeatureStats
 from genkit.registry import members
 
 PACKAGE = "genkit.eval.metrics"
+
+Better = Literal["lower", "higher"]
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,8 @@ class Metric(ABC):
         bears_repeats: whether repeated rows leave it meaningful, as a bootstrap needs.
         by_default: whether it is among those that are computed where none are named.
         argument: the one setting without default, where there is one: the metric is then named ``file:value``.
+        better: of its values those that tables and reports show, and which way each is better, None where neither way
+            is (:mod:`genkit.eval.directions` reads it).
     """
 
     reads_reference: tuple[str, ...] = ("stats",)
@@ -81,6 +85,7 @@ class Metric(ABC):
     bears_repeats: ClassVar[bool] = True
     by_default: ClassVar[bool] = True
     argument: ClassVar[str | None] = None
+    better: ClassVar[Mapping[str, Better | None]] = {}
 
     @property
     def name(self) -> str:

@@ -46,6 +46,7 @@ def _unit(side: str, rows: Tensor) -> Tensor:
 class CMMD(Metric):
     """``cmmd``; lower is better. Settings are those of :func:`cmmd`."""
 
+    better = {"cmmd": "lower"}
     reads_reference = ("features",)
     reads_generated = ("features",)
     by_default = False  # made for the embeddings of CLIP

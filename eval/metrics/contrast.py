@@ -27,5 +27,7 @@ def contrast(images: Tensor) -> Tensor:
 class Contrast(PerImage):
     """``contrast`` of the generated images, to be compared with that of real ones."""
 
+    better = {"contrast": None}
+
     def values(self, reference: FeatureSet | None, generated: FeatureSet) -> dict[str, Tensor]:
         return {"contrast": torch.cat([contrast(batch) for batch in batches(generated)])}

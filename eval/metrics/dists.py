@@ -35,6 +35,7 @@ class DISTS(PerPair):
     Source: Ding et al., "Image quality assessment: unifying structure and texture similarity", arXiv 2004.07728.
     """
 
+    better = {"dists": "lower"}
     argument = "vgg"
 
     def __init__(self, vgg: str, device: torch.device | str = "cpu"):

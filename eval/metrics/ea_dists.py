@@ -25,6 +25,7 @@ class EADISTS(PerPair):
     Source: Li et al., "Distillation-free one-step diffusion for real-world image super-resolution", arXiv 2410.04224.
     """
 
+    better = {"ea_dists": "lower"}
     argument = "vgg"
 
     def __init__(self, vgg: str, padding: perceptual.Padding = "zeros", device: torch.device | str = "cpu"):

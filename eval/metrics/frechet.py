@@ -81,6 +81,8 @@ class FrechetDistance(Metric):
     better; and, for debugging, ``frechet_raw``.
     """
 
+    better = {"frechet_distance": "lower"}
+
     def __call__(self, reference: FeatureSet | None, generated: FeatureSet) -> dict[str, float]:
         assert reference is not None
         raw = frechet_raw(_shorter(reference), _shorter(generated))

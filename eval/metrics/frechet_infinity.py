@@ -88,6 +88,7 @@ class FrechetInfinity(Metric):
     Settings are those of :func:`frechet_infinity`.
     """
 
+    better = {"frechet_infinity": "lower"}
     reads_generated = ("features",)
     by_default = False
 

@@ -50,6 +50,7 @@ def _score(log_p: Tensor) -> Tensor:
 class InceptionScore(Metric):
     """``inception_score`` and ``inception_score_std``; higher is better. Needs no reference."""
 
+    better = {"inception_score": "higher"}
     reads_reference = ()
     reads_generated = ("logits",)
     by_default = False  # made for Inception's classes

@@ -71,6 +71,7 @@ class KernelInceptionDistance(Metric):
     Settings are those of :func:`kid_subsets`.
     """
 
+    better = {"kid": "lower"}
     reads_reference = ("features",)
     reads_generated = ("features",)
     by_default = False  # of little use, or refused, for sets as small as a subset

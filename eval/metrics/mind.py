@@ -42,6 +42,7 @@ def mind(reference: Tensor, generated: Tensor, *, directions: int = 1000, seed: 
 class MIND(Metric):
     """``mind``; lower is better. Settings are those of :func:`mind`."""
 
+    better = {"mind": "lower"}
     reads_reference = ("features",)
     reads_generated = ("features",)
     by_default = False

@@ -71,6 +71,7 @@ def _radii(x: Tensor, ks: tuple[int, ...], block: int) -> list[Tensor]:
 class PrecisionRecallDensityCoverage(Metric):
     """``precision``, ``recall``, ``density``, ``coverage``; higher is better, density may exceed 1."""
 
+    better = {"precision": "higher", "recall": "higher", "density": "higher", "coverage": "higher"}
     reads_reference = ("features",)
     reads_generated = ("features",)
     bears_repeats = False

@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from genkit.eval.metrics._per_image import PerPair
-from genkit.eval.metrics.base import FeatureSet
 
 
 def psnr(x: Tensor, y: Tensor, *, data_range: float) -> Tensor:
@@ -32,10 +31,11 @@ class PSNR(PerPair):
     Images i of both sides must belong together. Where a pair is equal, ``psnr`` is infinite.
     """
 
+    better = {"psnr": "higher"}
+
     def value(self, x: Tensor, y: Tensor) -> Tensor:
         return psnr(x, y, data_range=1)
 
-    def __call__(self, reference: FeatureSet | None, generated: FeatureSet) -> dict[str, float]:
-        every = self.every(reference, generated)["psnr"]
-        error = (10 ** (-every / 10)).mean()
-        return {"psnr": every.mean().item(), "psnr_of_mean_error": (-10 * error.log10()).item()}
+    def summary(self, every: dict[str, Tensor]) -> dict[str, float]:
+        error = (10 ** (-every["psnr"] / 10)).mean()
+        return super().summary(every) | {"psnr_of_mean_error": (-10 * error.log10()).item()}

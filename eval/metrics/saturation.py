@@ -24,5 +24,7 @@ def saturation(images: Tensor) -> Tensor:
 class Saturation(PerImage):
     """``saturation`` of the generated images, to be compared with that of real ones."""
 
+    better = {"saturation": None}
+
     def values(self, reference: FeatureSet | None, generated: FeatureSet) -> dict[str, Tensor]:
         return {"saturation": torch.cat([saturation(batch) for batch in batches(generated)])}

@@ -48,5 +48,7 @@ def _blur(images: Tensor) -> Tensor:
 class SSIM(PerPair):
     """``ssim``, the mean over pairs; higher is better. Images i of both sides must belong together."""
 
+    better = {"ssim": "higher"}
+
     def value(self, x: Tensor, y: Tensor) -> Tensor:
         return ssim(x, y, data_range=1)

@@ -5,9 +5,9 @@ import pytest
 from typer.testing import CliRunner
 
 from genkit import cli
-from genkit.eval.result import Protocol, Result
+from genkit.eval.result import Protocol, Result, differences
 from genkit.eval.selection import parse_metrics, parse_weights, rank_rows, read_bounds
-from genkit.eval.tables import differences, read_rows, write_csv
+from genkit.eval.tables import read_rows, write_csv
 
 HEAD = "model,steps,CFG,FID,is_mean,CLIP Score,PickScore,protocol"
 ROWS = [
@@ -195,7 +195,8 @@ def test_other_metrics_and_weights(tmp_path):
     assert got["rows"][0]["name"] == "b" and got["weights"] == {"lpips": 1, "psnr": 100}
     assert rank_rows(rows, metrics={"Lpips": "min", "PSNR": "max"}, eps=0.1)["bounds"]["PSNR"] == {"min": 20, "max": 30}
     assert parse_metrics("clip, IS:min") == {"clip_score": "max", "inception_score": "min"}
-    for text in ("lpips", "lpips:low", "", "fid,fid"):
+    assert parse_metrics("fd_dinov2,psnr,recall") == {"fd_dinov2": "min", "psnr": "max", "recall": "max"}
+    for text in ("sharpness", "lpips:low", "", "fid,fid", "saturation"):
         with pytest.raises(ValueError, match="metrics: "):
             parse_metrics(text)
     for text in ("fid", "fid=much", "clip=1,clip_score=2"):

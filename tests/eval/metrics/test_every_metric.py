@@ -22,7 +22,7 @@ from tests.test_perceptual import vgg
 
 NAMES = sorted(members(base.PACKAGE, Metric))
 pytestmark = pytest.mark.filterwarnings("ignore:.*rank deficient")
-OF_FEATURES = {"cmmd", "frechet", "frechet_infinity", "inception_score", "kid", "mind", "prdc"}
+OF_FEATURES = {"cmmd", "frechet", "frechet_infinity", "inception_score", "kid", "mind", "prdc", "realism"}
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def side(seed, n=40, dim=5):
 def test_these_are_all():
     assert NAMES == [
         "accuracy", "cmmd", "contrast", "dists", "ea_dists", "frechet", "frechet_infinity", "inception_score", "kid",
-        "lpips", "mind", "prdc", "psnr", "reward", "saturation", "ssim",
+        "lpips", "mind", "prdc", "psnr", "realism", "reward", "saturation", "ssim",
     ]  # fmt: skip
 
 
