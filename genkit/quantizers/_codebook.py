@@ -1,0 +1,104 @@
+"""What quantizers with a table of codes share: search, losses, gradient, baking."""
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from genkit.quantizers.base import Quantizer, QuantizerConfig
+from genkit.quantizers.entropy import entropy_loss
+from genkit.quantizers.estimators import VectorEstimator, through
+from genkit.quantizers.search import Measure, nearest_codes
+
+
+class CodebookConfig(QuantizerConfig):
+    """``codebook_size``: K. ``beta``: of the commitment loss. ``codebook_weight``: of the codebook loss.
+    ``estimator``: of the gradient to the encoder. ``measure``: what is nearest; under ``cosine`` vectors and codes are
+    normalised first. ``entropy_weight``, ``entropy_tau``, ``entropy_gamma``: of
+    :func:`genkit.quantizers.entropy.entropy_loss`, with the affinity ``-|z - c|^2``, or ``z.c`` where that decides.
+    ``chunk_size``: codes searched at a time.
+    """
+
+    codebook_size: int = Field(ge=1)
+    beta: float = Field(default=0.25, ge=0)
+    codebook_weight: float = Field(default=1.0, ge=0)
+    estimator: VectorEstimator = "ste"
+    measure: Measure = "euclidean"
+    entropy_weight: float = Field(default=0.0, ge=0)
+    entropy_tau: float = Field(default=0.01, gt=0)
+    entropy_gamma: float = Field(default=1.0, ge=0)
+    chunk_size: int = Field(default=8192, ge=1)
+
+
+class CodebookQuantizer(Quantizer):
+    """The nearest row of :meth:`table`, with the losses ``w |q - sg z|^2 + beta |z - sg q|^2``, means over elements."""
+
+    Config = CodebookConfig
+
+    def __init__(self, **settings: Any):
+        super().__init__(**settings)
+        self.codebook_size = self.config.codebook_size
+
+    @abstractmethod
+    def table(self) -> Tensor:
+        """The codes ``(K, D)``, with the gradient to what they are made of."""
+
+    def codebook(self) -> Tensor:
+        with torch.autocast(self._device().type, enabled=False):
+            return self._normalised(self.table().float())
+
+    def codes(self, indices: Tensor) -> Tensor:
+        return F.embedding(indices, self.codebook())
+
+    def quantize(self, z: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        z, table = self._normalised(z), self._normalised(self.table().to(z.dtype))
+        indices = self.search(z, table)
+        q = F.embedding(indices, table)
+        if not self.training:
+            return q, indices, {}
+        return through(z, q, self.config.estimator), indices, self.losses(z, q, table)
+
+    def search(self, z: Tensor, table: Tensor) -> Tensor:
+        """Indices ``(N,)`` of the nearest rows of ``table``."""
+        # Both are normalised under "cosine", which the inner product then is.
+        measure: Measure = "euclidean" if self.config.measure == "euclidean" else "dot"
+        return nearest_codes(z, table, measure=measure, chunk_size=self.config.chunk_size)
+
+    def losses(self, z: Tensor, q: Tensor, table: Tensor) -> dict[str, Tensor]:
+        """By name and with their weights."""
+        config = self.config
+        found = {"commitment": config.beta * F.mse_loss(z, q.detach())}
+        if config.codebook_weight and q.requires_grad:
+            found["codebook"] = config.codebook_weight * F.mse_loss(q, z.detach())
+        if config.entropy_weight:
+            found["entropy"] = config.entropy_weight * entropy_loss(
+                z,
+                lambda rows: self.affinity(rows, table),
+                self.codebook_size,
+                tau=config.entropy_tau,
+                gamma=config.entropy_gamma,
+            )
+        return found
+
+    def affinity(self, z: Tensor, table: Tensor) -> Tensor:
+        """``(N, K)``: what the entropy's softmax is of."""
+        product = z @ table.T
+        if self.config.measure != "euclidean":
+            return product
+        return 2 * product - table.square().sum(1) - z.square().sum(1, keepdim=True)
+
+    def bake(self) -> Quantizer:
+        """Plain :class:`genkit.quantizers.vq.VQ` on the codes as they are now, in eval mode."""
+        from genkit.quantizers.vq import VQ
+
+        shared = {name: getattr(self.config, name) for name in CodebookConfig.model_fields}
+        baked = VQ(**shared)
+        with torch.no_grad():
+            baked.embedding = nn.Parameter(self.codebook().clone())
+        return baked.eval()
+
+    def _normalised(self, x: Tensor) -> Tensor:
+        return F.normalize(x, dim=-1) if self.config.measure == "cosine" else x
