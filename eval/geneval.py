@@ -188,9 +188,7 @@ def _wrong(
     if clause.color is not None:
         colors = [detection.named_color for detection in group]
         if None in colors:
-            raise ValueError(
-                f"{image.filename or repr(image.prompt)}: a {clause.class_} without a color, asked for one"
-            )
+            raise ValueError(f"{image.filename or repr(image.prompt)}: a {clause.class_} lacks the color asked for")
         if any(color != clause.color for color in colors):
             return [f"expected {clause.color} {clause.class_}, found {', '.join(map(str, colors))}"]
     if clause.position is None:
