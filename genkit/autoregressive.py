@@ -1,54 +1,31 @@
 """What training and pipelines need of an autoregressive network: likelihood, samples, and its tokens as pictures."""
 
-from collections.abc import Sequence
+import math
 
 import torch
 from torch import Tensor
 
 from genkit.denoisers.base import Condition
 from genkit.networks.gpt import GPT, Cache
+from genkit.rng import ItemRNG
+from genkit.students import Student
 
 
-class Autoregressive:
+class Autoregressive(Student):
     """``log p(x | class) = sum_i log p(token_i | class, token_<i)`` of pictures whose grey levels are the tokens.
 
-    Level ``k`` of ``V`` is the grey ``2 k / (V - 1) - 1``; cells are read row by row. The neighbour of
-    :class:`genkit.denoisers.base.Denoiser`: it shares the trainer, not the sampling loop.
-
-    Attributes:
-        shape: of a picture, ``(1, side, side)``.
-        calls: evaluations of the network so far, two a token under guidance.
+    Level ``k`` of ``V`` is the grey ``2 k / (V - 1) - 1``; cells are read row by row.
     """
 
+    network: GPT
+
     def __init__(self, network: GPT):
-        self.network = network
-        self.calls = 0
+        super().__init__(network)
+        side = network.config.sample_size
+        self.shape, self.num_classes = (1, side, side), network.config.num_classes
 
-    @property
-    def module(self) -> GPT:
-        """What has weights."""
-        return self.network
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        side = self.network.config.sample_size
-        return 1, side, side
-
-    def with_network(self, network: GPT) -> "Autoregressive":
-        """The same around another network."""
-        return Autoregressive(network)
-
-    def encode(self, pipe, *, class_labels: int | Sequence[int] | Tensor) -> Condition:
-        """The condition of these labels; the unconditional branch is the label ``num_classes``.
-
-        Raises:
-            ValueError: a label out of range.
-        """
-        n = self.network.config.num_classes
-        labels = torch.atleast_1d(torch.as_tensor(class_labels, dtype=torch.int64))
-        if not len(labels) or not 0 <= int(labels.min()) <= int(labels.max()) < n:
-            raise ValueError(f"class_labels={labels.tolist()}: accepted are 0 to {n - 1}, at least one")
-        return Condition({"class_labels": labels}, {"class_labels": torch.full_like(labels, n)})
+    def draw(self, rng: ItemRNG, condition: Condition, num_inference_steps: int | None = None) -> Tensor:
+        return self.pictures(self.sample(rng.uniform((math.prod(self.shape),), dtype=torch.float64), condition))
 
     def tokens(self, x: Tensor) -> Tensor:
         """Levels ``(B, N)`` of pictures ``(B, 1, H, W)`` in [-1, 1]."""

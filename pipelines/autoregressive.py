@@ -8,6 +8,7 @@ from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor
 
 from genkit.autoregressive import Autoregressive
+from genkit.networks.gpt import GPT
 from genkit.pipelines.base import PipelineOutput
 
 
@@ -17,6 +18,9 @@ class AutoregressivePipeline(DiffusionPipeline):
     Args:
         transformer: the network.
     """
+
+    network_class = GPT
+    student_class = Autoregressive
 
     def __init__(self, transformer):
         super().__init__()

@@ -13,11 +13,9 @@ from diffusers import DiffusionPipeline, ModelMixin
 from torch import nn
 
 from genkit._files import first_line
-from genkit.autoregressive import Autoregressive
 from genkit.data.base import Source
 from genkit.denoisers import TwoTime, from_pipeline
 from genkit.denoisers.base import Denoiser, FlowMap
-from genkit.networks.gpt import GPT
 from genkit.registry import lookup, members, unknown
 from genkit.rng import hash_seed
 from genkit.schedulers.base import PathScheduler
@@ -97,8 +95,8 @@ def build(config: TrainConfig) -> Run:
 
 def _student(pipe: DiffusionPipeline, cls: type[Objective], config: TrainConfig) -> Any:
     """What the objective trains, or is taught by, of ``pipe``."""
-    network = pipe.components.get("transformer")
-    student = Autoregressive(network) if isinstance(network, GPT) else from_pipeline(pipe)
+    own = getattr(type(pipe), "student_class", None)
+    student = own.of_pipeline(pipe) if own is not None else from_pipeline(pipe)
     if not isinstance(student, cls.student_type):
         raise ValueError(
             f"objective={config.objective.name!r} is for networks of the kind {cls.student_type.__name__}, "
@@ -137,9 +135,9 @@ def check_model(model: Model) -> None:
         return
     network = lookup("genkit.networks", ModelMixin, model.network, setting="model.network")  # type: ignore[arg-type]
     _check_arguments(network, model.settings, "model")
-    if issubclass(network, GPT):
+    if _own_pipeline(network) is not None:
         if "scheduler" in model.model_fields_set:
-            raise ValueError(f"model.scheduler: network={model.network!r} draws token after token and takes none")
+            raise ValueError(f"model.scheduler: network={model.network!r} is no denoiser and takes none")
         return
     _check_arguments(_scheduler_class(model.scheduler), model.scheduler.settings, "model.scheduler")
 
@@ -183,16 +181,22 @@ def _folder(name: str, setting: str) -> Path | None:
 
 
 def _new(config: TrainConfig) -> DiffusionPipeline:
-    from genkit.pipelines.autoregressive import AutoregressivePipeline
     from genkit.pipelines.class_conditional import ClassConditionalPipeline
 
     model = config.model
     cls = lookup("genkit.networks", ModelMixin, model.network, setting="model.network")  # type: ignore[arg-type]
     network = _call(cls, model.settings, "model")
-    if isinstance(network, GPT):
-        return AutoregressivePipeline(transformer=network)
+    own = _own_pipeline(cls)
+    if own is not None:
+        return own(**{own.student_class.component: network})
     scheduler = _call(_scheduler_class(model.scheduler), model.scheduler.settings, "model.scheduler")
     return ClassConditionalPipeline(transformer=network, scheduler=scheduler)
+
+
+def _own_pipeline(network: type) -> Any | None:
+    """The pipeline of a network that is no denoiser."""
+    pipelines = members("genkit.pipelines", DiffusionPipeline).values()
+    return next((cls for cls in pipelines if getattr(cls, "network_class", None) is network), None)
 
 
 def _call(cls, settings: dict, setting: str):

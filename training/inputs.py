@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genkit.autoregressive import Autoregressive
 from genkit.data.base import Source
 from genkit.denoisers import TwoTime
 from genkit.denoisers.base import Condition, Denoiser
@@ -13,6 +12,7 @@ from genkit.denoisers.flux import Flux
 from genkit.latents import compression
 from genkit.rewards.base import Prompts
 from genkit.rng import ItemRNG, hash_seed
+from genkit.students import Student
 from genkit.training.adapters import base_network
 from genkit.training.objectives.base import Batch
 
@@ -131,8 +131,8 @@ def _wanted(student: Denoiser) -> tuple[tuple[int, ...] | None, int | None, bool
 
     Networks that take prompts take other sizes than the one named too.
     """
-    if isinstance(student, Autoregressive):
-        return student.shape, student.network.config.num_classes, False
+    if isinstance(student, Student):
+        return student.shape, student.num_classes, False
     adapter = student.denoiser if isinstance(student, TwoTime) else student
     config: Any = getattr(base_network(student), "config", {})
     names = getattr(adapter, "condition_names", ())

@@ -1,7 +1,6 @@
 """Samples and metrics in the course of a run."""
 
 import json
-import math
 from typing import Any
 
 import numpy
@@ -11,12 +10,12 @@ from diffusers.utils import make_image_grid
 from PIL import Image
 from torch import Tensor
 
-from genkit.autoregressive import Autoregressive
 from genkit.denoisers.base import Denoiser
 from genkit.eval.inputs import to_uint8
 from genkit.eval.run import evaluate
 from genkit.rng import ItemRNG, hash_seed
 from genkit.sampling import sample
+from genkit.students import Student
 from genkit.training.build import Run
 from genkit.training.config import Rounds, Sampling
 from genkit.training.parts.rollout import schedule
@@ -31,9 +30,8 @@ def draw(run: Run, read: dict[str, Any], rng: ItemRNG, num_inference_steps: int,
     """
     device = rng.items.device
     condition = run.inputs.condition(read, device)
-    if isinstance(run.student, Autoregressive):
-        uniform = rng.uniform((math.prod(shape),), dtype=torch.float64)
-        return run.student.pictures(run.student.sample(uniform, condition))
+    if isinstance(run.student, Student):
+        return run.student.draw(rng, condition, num_inference_steps if run.student.takes_steps else None)
     scheduler = run.objective.scheduler(run.pipe.scheduler)
     schedule(run.student, run.pipe, scheduler, num_inference_steps, shape, device)
     x = rng.normal(shape) * getattr(scheduler, "init_noise_sigma", 1.0)
@@ -43,10 +41,14 @@ def draw(run: Run, read: dict[str, Any], rng: ItemRNG, num_inference_steps: int,
 
 def check_steps(run: Run, settings: Sampling | Rounds, section: str) -> None:
     """Refuse a number of steps that the student cannot take."""
-    if isinstance(run.student, Autoregressive) and "num_inference_steps" in settings.model_fields_set:
+    if (
+        isinstance(run.student, Student)
+        and not run.student.takes_steps
+        and "num_inference_steps" in settings.model_fields_set
+    ):
         raise ValueError(
-            f"{section}.num_inference_steps={settings.num_inference_steps}: an autoregressive model takes one a token; "
-            "leave it out"
+            f"{section}.num_inference_steps={settings.num_inference_steps}: {type(run.student.network).__name__} takes "
+            "none; leave it out"
         )
     if isinstance(run.student, Denoiser):
         known = run.objective.scheduler(run.pipe.scheduler).config.get("trained_times")

@@ -21,10 +21,10 @@ class QuantizerConfig(BaseModel):
 class Quantized:
     """What a quantizer makes of a batch.
 
-    ``z_q`` is shaped and typed like the input, with the gradient of the estimator; ``indices``, int64, are
-    ``(B, H, W)`` or ``(B, N)``, with a last axis more where a vector has several; ``losses`` are to be added up, weights included.
-    ``stats`` are ``usage``, the share of the codes that this batch hits, and ``perplexity``, ``exp`` of the entropy of
-    its indices: they say little of a large codebook until they are counted over a whole set
+    ``z_q`` is shaped and typed like the input, with the gradient of the estimator. ``indices``, int64, are
+    ``(B, H, W)`` or ``(B, N)``, with a last axis more where a vector has several. ``losses`` are to be added up, their
+    weights included. ``stats`` are ``usage``, the share of the codes that this batch hits, and ``perplexity``, ``exp``
+    of the entropy of its indices: they say little of a large codebook until they are counted over a whole set
     (:class:`genkit.quantizers.usage.CodeUsage`).
     """
 

@@ -256,7 +256,7 @@ def test_autoregressive_models_play_too(toys, tmp_path):
         entry = json.loads((tmp_path / name / "rounds.json").read_text())["rounds"][0]
         assert set(entry["students"][0]["scores"]) == {"4"}
         assert (tmp_path / name / "round-1/fakes").is_dir() == (n is not None)
-    with pytest.raises(ValueError, match="rounds.num_inference_steps=2: an autoregressive model takes one a token"):
+    with pytest.raises(ValueError, match="rounds.num_inference_steps=2: GPT takes none"):
         values = settings(toys, pretrained, tmp_path / "third", objective=objective)
         train(TrainConfig(**values).check(), quiet=True)
 

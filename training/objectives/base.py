@@ -95,7 +95,7 @@ class Objective(nn.Module, ABC):
     """A training method.
 
     A subclass names its settings in ``Config``, says what it needs in the class variables, and yields its losses.
-    ``student_type`` is what it trains, a denoiser or :class:`genkit.autoregressive.Autoregressive`.
+    ``student_type`` is what it trains, a denoiser or a :class:`genkit.students.Student`.
     ``needs_samples`` is false where prompts or labels suffice, ``full_precision`` true where ``mixed_precision`` would
     drown what is learned from.
     ``needs_condition`` is false where the method brings its own condition and the data need not, ``shards`` where its
