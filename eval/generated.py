@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from genkit.denoisers.base import Condition, Denoiser
 from genkit.eval.asked import Asked, as_asked
-from genkit.eval.inputs import ImageSet, Maker, UnreadableImage
+from genkit.eval.inputs import ImageSet, Maker, UnreadableImage, uint8_kind
 from genkit.eval.preparation import Crop, Preparation, preparation
 from genkit.eval.processes import gather
 from genkit.guidance.base import Guider
@@ -82,8 +82,7 @@ def generated_images(
         rule = parse_guider(guider) if isinstance(guider, str) else guider
         model = _Denoising(adopt(pipe), asked, seed, settings, name, num_inference_steps, rule)
     spool = _Spool(model, asked.n, batch_size, prepare, folder)
-    c, h, w = spool.shape
-    kind = "uint8 {} {}x{}".format({1: "L", 3: "RGB"}.get(c, f"{c} channels"), *reversed(model.image_shape[1:]))
+    kind = uint8_kind(model.image_shape)
     kind += f", {prepare}" if prepare else ""
     return ImageSet(name, asked.n, spool.load, asked.labels, asked.prompts, kind, model=model)
 
@@ -244,16 +243,13 @@ class _Spool:
         for batch in missing.split(self.batch_size) if len(missing) else ():
             items = batch.tolist()
             images, bad = self.model.make(items)
-            self._images[items] = self._prepared(images).numpy()
+            self._images[items] = (images if self.prepare is None else self.prepare.batch(images)).numpy()
             self._bad.update({items[row]: message for row, message in bad.items()})
             self._made[batch] = True
         for item in indices.tolist():
             if item in self._bad:
                 raise UnreadableImage(item, self._bad[item])
         return torch.from_numpy(self._images[indices.numpy()])
-
-    def _prepared(self, images: Tensor) -> Tensor:
-        return images if self.prepare is None else torch.stack([self.prepare.tensor(image) for image in images])
 
 
 @contextlib.contextmanager

@@ -1,6 +1,5 @@
-"""Sets of images to evaluate: tensors, folders, ``.npz`` files and the embedded digits, all read as uint8 batches."""
+"""Sets of images to evaluate, read as uint8 batches: tensors, ``.npz`` files, sources of data; folders are beside."""
 
-import json
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -9,14 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from genkit.data.base import Source
 from genkit.data.digits import Digits
-
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
-MODES = {"1": "L", "L": "L", "P": "RGB", "RGB": "RGB"}
+from genkit.eval.preparation import Crop, Preparation, preparation
+from genkit.rng import hash_seed
 
 
 class UnreadableImage(ValueError):
@@ -97,19 +94,45 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def read_images(
-    source: "ImageSet | Source | Tensor | tuple[Tensor, Tensor] | str | Path", *, strict: bool = False
+    source: "ImageSet | Source | Tensor | tuple[Tensor, Tensor] | str | Path",
+    *,
+    size: int | None = None,
+    crop: Crop | None = None,
+    strict: bool = False,
 ) -> ImageSet:
     """Images from ``source``.
 
-    ``source`` is uint8 ``(n, C, H, W)``; a pair of that and labels ``(n,)``; a folder, whose ``metadata.jsonl`` names
-    images, labels and prompts by ``file_name``, ``label`` and ``text``, or without one all its images, labels from
-    sub-folders; a ``.npz`` with ``arr_0`` or ``images``, and labels in ``arr_1`` or ``labels``; a finite source of
-    ``genkit.data``; or the word ``"digits"``, the 1,797 embedded ones.
+    ``source`` is uint8 ``(n, C, H, W)``; a pair of that and labels ``(n,)``; a folder or a ``.zip`` of image files,
+    whose ``metadata.jsonl`` names images, labels and prompts by ``file_name``, ``label`` and ``text``, or without one
+    all its images, labels from sub-folders; a ``.npz`` with ``arr_0`` or ``images``, and labels in ``arr_1`` or
+    ``labels``; a finite source of ``genkit.data``; ``"hf:NAME"``, a data set of the Hub, or
+    ``"datasets:path=FOLDER,split=test"``, settings of :class:`genkit.data.hub_dataset.HubDataset`; or the word
+    ``"digits"``, the 1,797 embedded ones.
+
+    Args:
+        size, crop: see :class:`genkit.eval.preparation.Preparation`; nothing is done to the images unless asked.
+        strict: refuse what would be a counted note: an image that cannot be read, or was converted.
 
     Raises:
-        ValueError: no images, an image that cannot be read (named), mixed sizes or modes, another dtype than uint8.
+        ValueError: no images, none that can be read, mixed sizes without ``size``, another dtype than uint8.
         FileNotFoundError: no such file or folder.
     """
+    prepare = preparation(size, crop)
+    if isinstance(source, str | Path) and source != "digits":
+        from genkit.eval.folders import read_folder
+
+        text, path = str(source), Path(source)
+        if text.startswith(("hf:", "datasets:")):
+            from genkit.eval.hub_images import read_dataset
+
+            return read_dataset(text, size=size, crop=crop)
+        if path.is_dir() or path.is_file() and path.suffix == ".zip":
+            return read_folder(path, prepare=prepare, strict=strict)
+    images = _read(source)
+    return images if prepare is None else prepared(images, prepare)
+
+
+def _read(source: Any) -> ImageSet:
     if isinstance(source, ImageSet):
         return source
     if isinstance(source, Source):
@@ -120,14 +143,43 @@ def read_images(
         return _from_tensor("tensor", *source)
     if source == "digits":
         return _from_data("digits", Digits())
+    if not isinstance(source, str | Path):
+        raise ValueError(
+            f"images of a {type(source).__name__}: accepted are folders, .zip, .npz, tensors and sources of "
+            "genkit.data; of a pipeline take genkit.eval.generated.generated_images"
+        )
     path = Path(source)
-    if path.is_dir():
-        return _from_folder(path)
     if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file or folder (images come from a folder, a .npz or 'digits')")
+        raise FileNotFoundError(f"{path}: no such file or folder (images come from a folder, .zip, .npz or 'digits')")
     if path.suffix == ".npz":
         return _from_npz(path)
-    raise ValueError(f"{path}: expected a folder of images or a .npz file")
+    raise ValueError(f"{path}: expected a folder of images, a .zip or a .npz file")
+
+
+def prepared(images: ImageSet, prepare: Preparation) -> ImageSet:
+    """The same images after a preparation."""
+    kind = f"{images.kind}, {prepare}" if images.kind else str(prepare)
+    return replace(images, load=lambda indices: prepare.batch(images.load(indices)), kind=kind)
+
+
+def drawn(images: ImageSet, n: int | None, seed: int, role: str) -> ImageSet:
+    """n of the images, drawn at random by ``seed`` and ``role``, in their order; all if None.
+
+    Raises:
+        ValueError: there are fewer, or fewer than two.
+    """
+    if images.n < (n or 2):
+        raise ValueError(f"{role} set {images.name!r} has {images.n} images, {n or 2} are needed")
+    if n is None or n == images.n:
+        return images
+    generator = torch.Generator().manual_seed(hash_seed(seed, *role.encode()))
+    return images.subset(torch.randperm(images.n, generator=generator)[:n].sort().values)
+
+
+def uint8_kind(shape: Sequence[int]) -> str:
+    """``(C, H, W)`` in words: ``uint8 RGB 256x256``."""
+    channels, height, width = shape
+    return f"uint8 {({1: 'L', 3: 'RGB'}).get(channels, f'{channels} channels')} {width}x{height}"
 
 
 def _from_tensor(name: str, images: Tensor, labels: Tensor | None) -> ImageSet:
@@ -138,14 +190,17 @@ def _from_tensor(name: str, images: Tensor, labels: Tensor | None) -> ImageSet:
         raise ValueError(f"{name}: no images")
     if labels is not None and (labels.ndim != 1 or len(labels) != len(images) or labels.is_floating_point()):
         raise ValueError(f"{name}: labels must be {len(images)} integers, got {labels.dtype} {tuple(labels.shape)}")
-    return ImageSet(name, len(images), lambda indices: images[indices], None if labels is None else labels.cpu())
+    kind = uint8_kind(images.shape[1:])
+    labels = None if labels is None else labels.cpu()
+    return ImageSet(name, len(images), lambda indices: images[indices], labels, kind=kind)
 
 
 def _from_data(name: str, data: Source) -> ImageSet:
     if data.length is None or data.shape is None or len(data.shape) != 3:
         raise ValueError(f"{name}: expected a finite source of images, got length {data.length}, shape {data.shape}")
     labels = None if data.num_classes is None else data.__getitems__(range(len(data)))["class_labels"]
-    return ImageSet(name, len(data), lambda indices: to_uint8(data.__getitems__(indices)["x0"]), labels)
+    kind = uint8_kind(data.shape)
+    return ImageSet(name, len(data), lambda indices: to_uint8(data.__getitems__(indices)["x0"]), labels, kind=kind)
 
 
 def _from_npz(path: Path) -> ImageSet:
@@ -171,84 +226,3 @@ def _from_npz(path: Path) -> ImageSet:
         batch.permute(0, 3, 1, 2) if last else batch,
         None if labels is None else torch.from_numpy(labels),
     )
-
-
-def _from_folder(folder: Path) -> ImageSet:
-    rows = _metadata(folder)
-    listed = [row["file_name"] for row in rows if "file_name" in row]
-    files = [folder / name for name in listed] or sorted(
-        p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()
-    )
-    if not files:
-        raise ValueError(f"{folder}: no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
-    kinds = [_kind(path) for path in files]
-    for path, kind in zip(files, kinds, strict=True):
-        if kind != kinds[0]:
-            raise ValueError(f"mixed images: {files[0]} is {kinds[0]}, {path} is {kind} (mode, width, height)")
-    mode = kinds[0][0]
-
-    def load(indices: Tensor) -> Tensor:
-        return torch.stack([_decode(i, files[i], mode) for i in indices.tolist()])
-
-    labels, prompts = _folder_labels(folder, files, rows), _folder_prompts(folder, rows)
-    return ImageSet(folder.name, len(files), load, labels, prompts)
-
-
-def _kind(path: Path) -> tuple[str, int, int]:
-    """Mode after decoding, width and height, from the file's header alone."""
-    try:
-        with Image.open(path) as image:
-            mode, size = image.mode, image.size
-    except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"{path}: cannot be read as an image ({error})") from error
-    if mode not in MODES:
-        raise ValueError(f"{path}: image mode {mode!r} is not taken. Accepted: {', '.join(MODES)}.")
-    return MODES[mode], *size
-
-
-def _decode(i: int, path: Path, mode: str) -> Tensor:
-    try:
-        with Image.open(path) as image:
-            pixels = np.array(image.convert(mode))
-    except (OSError, SyntaxError) as error:
-        raise UnreadableImage(i, f"{path}: cannot be decoded ({error})") from error
-    return torch.from_numpy(np.atleast_3d(pixels)).permute(2, 0, 1)
-
-
-def _metadata(folder: Path) -> list[dict]:
-    """The rows of ``metadata.jsonl``; where there are some, the images that they name are the set."""
-    path = folder / "metadata.jsonl"
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-
-
-def _folder_labels(folder: Path, files: list[Path], rows: list[dict]) -> Tensor | None:
-    """Labels of ``metadata.jsonl``, else of sub-folders: their numbers if all are numbers, else in sorted order."""
-    metadata = folder / "metadata.jsonl"
-    if rows:
-        known = {row["file_name"]: row["label"] for row in rows if "file_name" in row and "label" in row}
-        if not known:
-            return None
-        names = [path.relative_to(folder).as_posix() for path in files]
-        absent = [name for name in names if name not in known]
-        if absent:
-            raise ValueError(f"{metadata}: no label for {absent[0]} ({len(absent)} images lack one)")
-        return torch.tensor([int(known[name]) for name in names])
-    if any(path.parent == folder for path in files):
-        return None
-    classes = [path.relative_to(folder).parts[0] for path in files]
-    names = sorted(set(classes))
-    numbers = {name: int(name) if all(n.isdecimal() for n in names) else i for i, name in enumerate(names)}
-    return torch.tensor([numbers[name] for name in classes])
-
-
-def _folder_prompts(folder: Path, rows: list[dict]) -> list[str] | None:
-    """The texts of ``metadata.jsonl``, in the order of its images."""
-    listed = [row for row in rows if "file_name" in row]
-    absent = [row["file_name"] for row in listed if "text" not in row]
-    if len(absent) == len(listed):
-        return None
-    if absent:
-        raise ValueError(f"{folder / 'metadata.jsonl'}: no text for {absent[0]} ({len(absent)} images lack one)")
-    return [str(row["text"]) for row in listed]

@@ -40,10 +40,12 @@ class Preparation:
             return centre_crop(image, self.size, "adm")
         return image.resize((self.size, self.size), Image.Resampling.BICUBIC)
 
-    def tensor(self, image: Tensor) -> Tensor:
-        """The same of uint8 ``(C, H, W)`` with 1 or 3 channels."""
-        pixels = self(Image.fromarray(image.permute(1, 2, 0).squeeze(-1).numpy()))
-        return torch.from_numpy(np.atleast_3d(np.array(pixels))).permute(2, 0, 1)
+    def batch(self, images: Tensor) -> Tensor:
+        """The same of uint8 ``(B, C, H, W)``. Raises ``ValueError`` unless there are 1 or 3 channels."""
+        if images.shape[1] not in (1, 3):
+            raise ValueError(f"size={self.size}: images of {images.shape[1]} channels cannot be resized; 1 and 3 can")
+        pixels = [self(Image.fromarray(image.permute(1, 2, 0).squeeze(-1).numpy())) for image in images]
+        return torch.stack([torch.from_numpy(np.atleast_3d(np.array(image))).permute(2, 0, 1) for image in pixels])
 
     def __str__(self) -> str:
         what = "box and bicubic, centre crop" if self.crop == "center" else "squashed, bicubic"

@@ -14,14 +14,14 @@ from tqdm.auto import tqdm
 
 import genkit
 from genkit.eval.extractors.base import Extractor, extract, get_extractor
-from genkit.eval.inputs import ImageSet, UnreadableImage, read_images
+from genkit.eval.feature_files import is_features, load_features
+from genkit.eval.inputs import ImageSet, UnreadableImage, drawn, read_images
 from genkit.eval.metrics._per_image import PerImage
 from genkit.eval.metrics.base import FeatureSet, Metric, all_metrics, get_metric
 from genkit.eval.processes import gather, gather_rows, own, rank_and_count
 from genkit.eval.result import Protocol, Result
 from genkit.eval.saved import save_evaluation
 from genkit.eval.statistics import FeatureStats, is_statistics
-from genkit.rng import hash_seed
 
 
 def measure(
@@ -69,6 +69,7 @@ def measure(
     if unreadable:
         images = _without(images, unreadable)
     stats.meta = {"extractor": extractor.id, "source": images.name, "distance": extractor.distance}
+    stats.meta |= {"images": images.kind, "notes": list(images.notes)}
     return FeatureSet(
         stats,
         gather_rows(torch.cat(features) if features else torch.empty(0, extractor.dim)) if keep else None,
@@ -203,8 +204,8 @@ def evaluate(
         n_real=None if real is None else real.stats.n,
         n_gen=fake.stats.n,
         metrics={metric.name: metric.settings for metric in chosen},
-        reference_images=None if real is None or real.images is None else real.images.kind,
-        generated_images=None if fake.images is None else fake.images.kind,
+        reference_images=None if real is None else real.stats.meta.get("images"),
+        generated_images=fake.stats.meta.get("images"),
         matched=_matched(real, fake),
         seed=seed,
         device=str(device),
@@ -259,7 +260,9 @@ def _open(
     source: Any, role: str, extractor: Extractor, n: int | None, seed: int, strict: bool
 ) -> ImageSet | FeatureSet:
     """``source`` as images still to be measured, cut to ``n``, or as statistics that ``extractor`` may have made."""
-    if isinstance(source, str | Path) and Path(source).is_file() and is_statistics(source):
+    if isinstance(source, str | Path) and is_features(source):
+        source = load_features(source)
+    elif isinstance(source, str | Path) and Path(source).is_file() and is_statistics(source):
         name = Path(source).name
         source = FeatureStats.load(source)
         source.meta.setdefault("source", name)
@@ -267,14 +270,14 @@ def _open(
         source = FeatureSet(source)
     if isinstance(source, FeatureSet):
         _check_statistics(source.stats, role, extractor, n)
-        return source
-    images = read_images(source, strict=strict)
-    if images.n < (n or 2):
-        raise ValueError(f"{role} set {images.name!r} has {images.n} images, {n or 2} are needed")
-    if n is None or n == images.n:
-        return images
-    generator = torch.Generator().manual_seed(hash_seed(seed, *role.encode()))
-    return images.subset(torch.randperm(images.n, generator=generator)[:n].sort().values)
+        opened: ImageSet | FeatureSet = source
+        notes = source.stats.meta.get("notes")
+    else:
+        opened = drawn(read_images(source, strict=strict), n, seed, role)
+        notes = opened.notes
+    if strict and notes:
+        raise ValueError(f"strict: the {role} set: {'; '.join(notes)}")
+    return opened
 
 
 def _check_statistics(stats: FeatureStats, role: str, extractor: Extractor, n: int | None) -> None:
@@ -333,13 +336,18 @@ def _notes(real: FeatureSet | None, fake: FeatureSet) -> list[str]:
     for role, side in (("reference", real), ("generated", fake)):
         if side is None:
             continue
-        notes += side.images.notes if side.images is not None else ()
+        notes += side.stats.meta.get("notes", ())
         if side.stats.n is None:
             notes.append(f"the {role} statistics do not say how many images they are of")
         elif side.stats.n < side.stats.dim:
             notes.append(f"the {role} set has fewer images ({side.stats.n}) than feature dimensions ({side.stats.dim})")
         if "extractor" not in side.stats.meta:
             notes.append(f"the {role} statistics do not say which extractor they were made with")
+    kinds = [side.stats.meta.get("images") for side in (real, fake) if side is not None]
+    if len(kinds) == 2 and all(kinds):
+        for lossy in ("JPEG", "WEBP"):
+            if (lossy in kinds[0]) != (lossy in kinds[1]):
+                notes.append(f"{lossy} on one side only ({kinds[0]}; {kinds[1]}): its traces count as a difference")
     if real is not None and real.stats.n != fake.stats.n:
         notes.append(
             f"{real.stats.n} real and {fake.stats.n} generated images: recall and coverage depend on both counts"
