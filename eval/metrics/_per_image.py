@@ -26,7 +26,7 @@ class PerImage(Metric):
     def every(self, reference: FeatureSet | None, generated: FeatureSet) -> dict[str, Tensor]:
         """The same, each of several processes having made its share: for intervals, win rates, worst and best."""
         assert generated.n is not None
-        rows = own(generated.n)
+        rows = own(generated.n, _BATCH)
         if self.paired and reference is not None:
             self.check_pairs(reference, generated)
             reference = reference.rows(rows)
