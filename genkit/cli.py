@@ -18,6 +18,8 @@ app.add_typer(evaluation, name="eval")
 adapters = typer.Typer(help="Scale and mix LoRAs after training.", no_args_is_help=True)
 app.add_typer(adapters, name="adapters")
 
+EXTRACTORS = "clean_fid, clip, digits, dinov2, inception, none, torchmetrics"
+
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
 
 
@@ -234,7 +236,9 @@ def evaluate(
     metrics: Annotated[
         str | None, typer.Option(help="Names separated by commas; all that are possible by default.")
     ] = None,
-    extractor: Annotated[str, typer.Option(help="Feature extractor.")] = "digits",
+    extractor: Annotated[
+        str, typer.Option(help=f"Feature extractor, with settings: inception:resize=clean. One of {EXTRACTORS}.")
+    ] = "digits",
     n: Annotated[int | None, typer.Option(help="Use only this many images of each side.")] = None,
     nfe: Annotated[float | None, typer.Option(help="Network calls spent on each image, for the record.")] = None,
     seed: int = 0,
@@ -312,6 +316,42 @@ def score_geneval(
     from genkit.eval.geneval import main
 
     main(detections, json_path=json_path, quiet=quiet)
+
+
+@evaluation.command("doctor")
+def explain_difference(
+    a: Annotated[str, typer.Argument(help="Real images: a folder, .zip, .npz; or a result of eval run.")],
+    b: Annotated[str, typer.Argument(help="Generated images, likewise; or another result.")],
+    extractor: Annotated[
+        str | None, typer.Option(help="One with a setting resize: inception (by default), dinov2 or clip.")
+    ] = None,
+    rules: Annotated[
+        str | None, typer.Option(help="Resize rules to try, separated by commas: tf1,clean. All by default.")
+    ] = None,
+    values: Annotated[str | None, typer.Option(help="Two published numbers X,Y: what could X - Y be?")] = None,
+    n: Annotated[int | None, typer.Option(help="Use only this many images of each side.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the draw of those.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images at a time.")] = None,
+    device: Annotated[str | None, typer.Option(help="Where to compute; cpu by default.")] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write what was found here.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Say why two Frechet distances differ: by resize rule, JPEG and number of images, or by two results' protocols."""
+    from genkit.eval.explain import main
+
+    main(
+        a,
+        b,
+        extractor=extractor,
+        rules=rules,
+        values=values,
+        n=n,
+        seed=seed,
+        batch_size=batch_size,
+        device=device,
+        json_path=json_path,
+        quiet=quiet,
+    )
 
 
 @app.command()
