@@ -202,7 +202,7 @@ class KernelInceptionDistance(_OneValue):
     higher_is_better = False
 
     def __init__(self, extractor: str | Extractor | None, **kwargs: Any):
-        super().__init__(_WholeKID(), extractor, **kwargs)
+        super().__init__("kid:subsets=0", extractor, **kwargs)
 
     def _main(self) -> str:
         return "kid"
@@ -293,19 +293,6 @@ class ImageMetric(torchmetrics.Metric):
         if not self.count:
             raise ValueError(f"{self.metric.name!r}: no images were given")
         return self.total / self.count
-
-
-class _WholeKID(GenkitMetric):
-    """KID over all pairs without that of subsets, for which there may be too few images."""
-
-    reads_reference = ("features",)
-    reads_generated = ("features",)
-
-    def __call__(self, reference: FeatureSet | None, generated: FeatureSet) -> dict[str, float]:
-        from genkit.eval.metrics.kid import kid
-
-        assert reference is not None and reference.features is not None and generated.features is not None
-        return {"kid": kid(reference.features, generated.features)}
 
 
 def _uint8(images: Tensor) -> Tensor:

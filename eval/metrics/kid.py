@@ -68,7 +68,10 @@ def _cubic(x: Tensor, y: Tensor) -> Tensor:
 class KernelInceptionDistance(Metric):
     """``kid`` over all pairs, and ``kid_subsets_mean``, ``_std``, ``_standard_error``; lower is better.
 
-    Settings are those of :func:`kid_subsets`.
+    Settings are those of :func:`kid_subsets`; ``subsets=0`` leaves these out.
+
+    Raises:
+        ValueError: a ``subset_size`` for no subsets.
     """
 
     better = {"kid": "lower"}
@@ -77,10 +80,14 @@ class KernelInceptionDistance(Metric):
     by_default = False  # of little use, or refused, for sets as small as a subset
 
     def __init__(self, subsets: int = 100, subset_size: int = 1000, seed: int = 0):
+        if subsets == 0 and (subset_size, seed) != (1000, 0):
+            raise ValueError(f"subsets=0: subset_size={subset_size} and seed={seed} have no effect; leave them out")
         self.subsets, self.subset_size, self.seed = subsets, subset_size, seed
 
     def __call__(self, reference: FeatureSet | None, generated: FeatureSet) -> dict[str, float]:
         assert reference is not None and reference.features is not None and generated.features is not None
         x, y = reference.features, generated.features
+        if self.subsets == 0:
+            return {"kid": kid(x, y)}
         parts = kid_subsets(x, y, subsets=self.subsets, subset_size=self.subset_size, seed=self.seed)
         return {"kid": kid(x, y), **{f"kid_subsets_{name}": value for name, value in parts._asdict().items()}}

@@ -9,18 +9,21 @@ from torch import Tensor
 from genkit import rewards
 from genkit.eval.metrics._per_image import PerImage, batches
 from genkit.eval.metrics.base import FeatureSet
+from genkit.pipelines.by_name import parse_settings
+from genkit.registry import lookup
 
 
 class RewardMetric(PerImage):
-    """The mean reward of the generated images, under the reward's name; higher is better.
+    """The mean reward of the generated images, under what the reward is called; higher is better.
 
     A reward that takes prompts needs those that the images were asked for, one that takes labels their labels. Its
     settings, and with them the network that it loads, are part of the protocol: scores of different networks are not
-    comparable.
+    comparable. Pixels are rounded after resizing, as the libraries round them that published scores were made with
+    (``quantise``, off in training), unless the settings say otherwise.
 
     Args:
-        reward: its name, one of ``genkit.rewards.names()``.
-        reward_settings: what it is made with.
+        reward: its name, one of ``genkit.rewards.names()``, and after a colon settings: ``clip_score:model=FOLDER``.
+        reward_settings: what else it is made with.
         batch_size, device: how it is computed.
 
     Raises:
@@ -38,9 +41,9 @@ class RewardMetric(PerImage):
     ):
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size}: expected at least 1")
-        self._reward = rewards.make(reward, **(reward_settings or {})).to(device)
+        self._reward = _made(reward, reward_settings or {}).to(device)
         self._batch_size, self._device = batch_size, device
-        self.reward, self.reward_settings = reward, self._reward.config.model_dump(mode="json")
+        self.reward, self.reward_settings = self._reward.called, self._reward.config.model_dump(mode="json")
         self.reads_generated = ("images", *filter(None, [self._reward.takes]))
 
     @property
@@ -61,3 +64,11 @@ class RewardMetric(PerImage):
             parts.append(score.double().cpu())
             start += len(batch)
         return {self.reward: torch.cat(parts)}
+
+
+def _made(reward: str, settings: Mapping[str, Any]) -> rewards.Reward:
+    name, _, rest = reward.partition(":")
+    cls = lookup("genkit.rewards", rewards.Reward, name, setting="reward")
+    told = parse_settings(f"reward {name!r}", rest, cls.Config.model_fields)
+    usual = {"quantise": True} if "quantise" in cls.Config.model_fields else {}
+    return rewards.make(name, **{**usual, **settings, **told})

@@ -42,6 +42,11 @@ class Reward(nn.Module, ABC):
         super().__init__()
         self.config = self.Config(**settings)
 
+    @property
+    def called(self) -> str:
+        """What results call it: the name of the file it is defined in."""
+        return type(self).__module__.rpartition(".")[2]
+
     @abstractmethod
     def score(self, images: Tensor, prompts: Prompts | None) -> Tensor:
         """``(B,)`` of ``images`` ``(B, C, H, W)``, float32 on [0, 1], with a gradient if ``differentiable``."""

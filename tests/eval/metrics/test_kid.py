@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from genkit.eval.metrics.base import FeatureSet
+from genkit.eval.metrics.base import FeatureSet, get_metric
 from genkit.eval.metrics.kid import KernelInceptionDistance, kid, kid_subsets
 from genkit.eval.statistics import FeatureStats
 
@@ -113,3 +113,10 @@ def test_metric():
     assert values["kid"] == kid(x, y)
     assert values["kid_subsets_mean"] == kid_subsets(x, y, subsets=5, subset_size=20).mean
     assert set(values) == {"kid", "kid_subsets_mean", "kid_subsets_std", "kid_subsets_standard_error"}
+
+
+def test_without_subsets():
+    x, y = FeatureSet(FeatureStats(3), torch.randn(9, 3)), FeatureSet(FeatureStats(3), torch.randn(8, 3))
+    assert get_metric("kid:subsets=0")(x, y) == {"kid": kid(x.features, y.features)}
+    with pytest.raises(ValueError, match="subsets=0: subset_size=5 and seed=0 have no effect"):
+        get_metric("kid:subsets=0,subset_size=5")

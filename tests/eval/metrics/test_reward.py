@@ -8,10 +8,13 @@ import torch
 from PIL import Image
 
 from genkit import rewards
+from genkit.eval.by_name import split
 from genkit.eval.inputs import read_images
-from genkit.eval.metrics.base import get_metric
+from genkit.eval.metrics.base import FeatureSet, get_metric
 from genkit.eval.metrics.reward import RewardMetric
+from genkit.eval.result import require_comparable
 from genkit.eval.run import evaluate
+from genkit.eval.statistics import FeatureStats
 from tests.rewards import tiny
 
 
@@ -75,12 +78,51 @@ def test_prompts_of_a_folder_meet_their_images(folder):
 def test_scores_of_clip_models(name, tmp_path):
     clip = tiny.clip(tmp_path)
     settings = {"model": clip} | ({"tokenizer": clip} if name == "pick_score" else {})
-    images, texts = (torch.rand(4, 3, 40, 40) * 255).byte(), ["a red cat", "hen", "two dogs", "a"]
-    with_prompts = replace(read_images(images), prompts=texts)
+    images, with_prompts, texts = captioned()
     got = evaluate(None, with_prompts, metrics=[RewardMetric(name, settings)], extractor="none", quiet=True)
-    want = rewards.make(name, **settings)(images / 255, texts)
+    want = rewards.make(name, quantise=True, **settings)(images / 255, texts)
     assert got.values == {name: pytest.approx(float(want.mean()), rel=1e-4)}
     assert got.protocol.metrics[f"reward:{name}"]["reward_settings"]["model"] == clip
+    # By text, and as it is in training.
+    text = f"reward:{name}:" + ",".join(f"{k}={v}" for k, v in settings.items()) + ",quantise=False"
+    (metric,) = split(text)
+    plain = evaluate(None, with_prompts, metrics=[metric], extractor="none", quiet=True)
+    smooth = rewards.make(name, **settings)(images / 255, texts)
+    assert plain.values == {name: pytest.approx(float(smooth.mean()), rel=1e-4)}
+    assert plain.protocol.metrics[f"reward:{name}"]["reward_settings"]["quantise"] is False
+    with pytest.raises(ValueError, match="different settings of 'reward:"):
+        require_comparable([got, plain])
+
+
+def captioned():
+    images, texts = (torch.rand(4, 3, 40, 40) * 255).byte(), ["a red cat", "hen", "two dogs", "a"]
+    return images, replace(read_images(images), prompts=texts), texts
+
+
+def test_clip_score_as_its_paper_has_it(tmp_path):
+    """2.5 max(cos, 0) of each image with a prefix, beside the 100 cos of papers on generation."""
+    clip = tiny.clip(tmp_path)
+    images, with_prompts, texts = captioned()
+    cosines = rewards.make("clip_score", model=clip, quantise=True)(
+        images / 255, [f"A photo depicts {t}" for t in texts]
+    )
+    metric = RewardMetric("clip_score", {"model": clip, "convention": "hessel"})
+    assert metric.every(None, feature_set(with_prompts))["clip_score_hessel"].tolist() == pytest.approx(
+        (cosines.clamp(min=0) / 40).tolist(), rel=1e-4, abs=1e-6
+    )
+    with torch.no_grad():
+        metric._reward.model.visual_projection.weight.neg_()
+    below = metric.every(None, feature_set(with_prompts))["clip_score_hessel"]
+    assert below.tolist() == pytest.approx(((-cosines).clamp(min=0) / 40).tolist(), rel=1e-4, abs=1e-6)
+    both = [f"reward:clip_score:model={clip},convention=hessel", f"reward:clip_score:model={clip}"]
+    values = evaluate(None, with_prompts, metrics=both, extractor="none", quiet=True).values
+    assert set(values) == {"clip_score", "clip_score_hessel"}
+    with pytest.raises(ValueError, match="convention"):
+        RewardMetric("clip_score", {"model": clip, "convention": "torchmetrics"})
+
+
+def feature_set(images):
+    return FeatureSet(FeatureStats(0), images=images, prompts=images.prompts)
 
 
 def test_batches_change_nothing(folder):
