@@ -10,6 +10,7 @@ from genkit import data
 from genkit.autoregressive import Autoregressive
 from genkit.denoisers.base import Condition
 from genkit.networks.gpt import GPT
+from genkit.token_sampling import TokenSampling
 
 
 @pytest.fixture
@@ -40,7 +41,7 @@ def test_samples_follow_the_law(w, model):
     n = 4000
     uniform = torch.rand(n, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     condition = model.encode(None, class_labels=[1]).repeat(n)
-    tokens = model.sample(uniform, condition, w)
+    tokens = model.sample(uniform, condition, TokenSampling(w))
     assert model.calls == 4 * (1 + (w != 1))
     pairs = torch.tensor(list(itertools.product(range(3), repeat=2)))
     full = torch.cat((pairs, torch.zeros_like(pairs)), dim=1)
@@ -65,3 +66,41 @@ def test_a_sample_is_a_function_of_its_own_draws(model):
 def test_labels_out_of_range(labels, model):
     with pytest.raises(ValueError, match="accepted are 0 to 1"):
         model.encode(None, class_labels=labels)
+
+
+def test_a_token_that_is_not_guided_costs_one_branch(model):
+    """From ``guidance_end`` on the law is the conditional one, and the cache that of the conditional branch."""
+    uniform = torch.rand(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    condition = model.encode(None, class_labels=[0, 1]).repeat(3)
+    some = model.sample(uniform, condition, TokenSampling(2.0, guidance_end=2))
+    assert model.calls == 2 * 2 + 2
+    whole = model.sample(uniform, condition, TokenSampling(2.0))
+    assert torch.equal(some[:, :2], whole[:, :2])
+    model.network.eval()
+    logits = model.network(some[:, :-1], condition["class_labels"])[:, 2:].double()
+    for i, token in enumerate(some[:, 2:].unbind(1)):
+        assert torch.equal(TokenSampling().draw(logits[:, i], uniform[:, 2 + i, None])[:, 0], token)
+
+
+@pytest.mark.parametrize("w", [1.0, 1.75])
+def test_the_cache_changes_no_token_and_no_logit(w):
+    """Each token again from one full pass over those before it, in float64."""
+    torch.manual_seed(0)
+    network = GPT(vocab_size=11, sample_size=4, num_classes=3, hidden_size=32, num_layers=3, num_heads=2).double()
+    nn.init.normal_(network.out.weight, std=1.0)
+    model = Autoregressive(network.eval())
+    uniform = torch.rand(5, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    condition = model.encode(None, class_labels=[0, 1, 2, 0, 1])
+    sampling = TokenSampling(w, temperature=0.9, top_k=7, top_p=0.95)
+    tokens = model.sample(uniform, condition, sampling)
+    with torch.no_grad():
+        c = network(tokens[:, :-1], condition["class_labels"])
+        u = network(tokens[:, :-1], condition.null()["class_labels"])
+        logits = u + w * (c - u)
+        again = torch.cat([sampling.draw(logits[:, i], uniform[:, i, None]) for i in range(16)], 1)
+        assert torch.equal(again, tokens)
+        cache: list = []
+        steps = [network(tokens[:, :0], condition["class_labels"], cache)]
+        for i in range(15):
+            steps.append(network(tokens[:, i : i + 1], None, cache))
+    assert (torch.cat(steps, 1) - c).abs().max() < 1e-12
