@@ -18,7 +18,7 @@ from genkit.eval.feature_files import is_features, load_features
 from genkit.eval.inputs import ImageSet, UnreadableImage, drawn, read_images
 from genkit.eval.metrics._per_image import PerImage
 from genkit.eval.metrics.base import FeatureSet, Metric, all_metrics, get_metric
-from genkit.eval.processes import gather, gather_rows, own, rank_and_count
+from genkit.eval.processes import gather, gather_rows, join, own, rank_and_count
 from genkit.eval.result import Protocol, Result
 from genkit.eval.saved import save_evaluation
 from genkit.eval.statistics import FeatureStats, is_statistics
@@ -43,8 +43,8 @@ def measure(
     features: list[Tensor] = []
     logits: list[Tensor] = []
     unreadable: dict[int, str] = {}
-    rank, _ = rank_and_count()
-    rows = own(images.n)
+    rank, count = rank_and_count()
+    rows = own(images.n, batch_size)
 
     def batches() -> Iterator[Tensor]:
         for indices in rows.split(batch_size):
@@ -64,7 +64,8 @@ def measure(
                 features.append(out.features)
             if out.logits is not None:
                 logits.append(out.logits)
-    stats = stats.gather()
+    if count > 1:
+        stats = stats.gather()
     unreadable = {i: message for share in gather(unreadable) for i, message in share.items()}
     if unreadable:
         images = _without(images, unreadable)
@@ -162,7 +163,7 @@ def evaluate(
     ]
     if nfe is not None and sources[1] is not None and sources[1].model is not None:
         raise ValueError(f"nfe={nfe}: the generated images are made meanwhile, and their network calls are counted")
-    chosen = _possible(metrics, *(_fields(source, extractor) for source in sources))
+    chosen = possible_metrics(metrics, *(known_fields(source, extractor) for source in sources))
     if n is not None and any(metric.paired for metric in chosen):
         raise ValueError(f"n={n}: the sides are drawn apart, but a metric pairs image i with image i; accepted is None")
     keeps = [
@@ -292,7 +293,7 @@ def _check_statistics(stats: FeatureStats, role: str, extractor: Extractor, n: i
         raise ValueError(f"{role} statistics are of n={stats.n} images and cannot be cut to n={n}")
 
 
-def _fields(source: ImageSet | FeatureSet | None, extractor: Extractor) -> set[str]:
+def known_fields(source: ImageSet | FeatureSet | None, extractor: Extractor) -> set[str]:
     """What of a ``FeatureSet`` will be known of ``source``, before anything is measured."""
     if source is None:
         return set()
@@ -310,7 +311,7 @@ def _fields(source: ImageSet | FeatureSet | None, extractor: Extractor) -> set[s
     return {field for field, there in known.items() if there}
 
 
-def _possible(metrics: Sequence[str | Metric] | None, reference: set[str], generated: set[str]) -> list[Metric]:
+def possible_metrics(metrics: Sequence[str | Metric] | None, reference: set[str], generated: set[str]) -> list[Metric]:
     """The metrics asked for, or if None all default ones that the fields of both sides allow."""
     possible = [metric for metric in all_metrics() if not metric.missing(reference, generated)]
     names = ", ".join(metric.name for metric in possible) or "none"
@@ -376,10 +377,12 @@ def main(
     """``genkit eval run REFERENCE GENERATED``: evaluate, print a table unless ``quiet``, write the files asked for.
 
     Arguments and errors are those of ``evaluate``; an output folder that does not exist is refused before work starts.
+    Processes that were launched together share the work, and the first of them prints and writes.
     """
     for path in (json_path, html_path):
         if path is not None and not Path(path).absolute().parent.is_dir():
             raise ValueError(f"{path}: the folder {Path(path).absolute().parent} does not exist")
+    where = join(device)
     result = evaluate(
         reference,
         generated,
@@ -389,12 +392,14 @@ def main(
         nfe=nfe,
         seed=seed,
         batch_size=batch_size,
-        device=device,
+        device=where,
         strict=strict,
         intervals=intervals,
         output=output,
         quiet=quiet,
     )
+    if rank_and_count()[0] > 0:
+        return result
     if json_path is not None:
         result.save(json_path)
     if html_path is not None:

@@ -14,6 +14,7 @@ from diffusers.utils import recurse_remove_peft_layers
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 
+from genkit.eval.processes import alone
 from genkit.registry import unknown
 from genkit.rng import hash_seed
 from genkit.training import checkpoint, machine
@@ -248,7 +249,8 @@ class _SelfPlay:
         return run
 
     def _measure(self, run: Run) -> float:
-        value = [self.score(run, self.device) if self.machine.is_main_process else 0.0]
+        with alone():  # the other processes wait
+            value = [self.score(run, self.device) if self.machine.is_main_process else 0.0]
         if self.machine.num_processes > 1:
             broadcast_object_list(value)
         return value[0]

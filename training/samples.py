@@ -12,6 +12,7 @@ from torch import Tensor
 
 from genkit.denoisers.base import Denoiser
 from genkit.eval.inputs import to_uint8
+from genkit.eval.processes import alone
 from genkit.eval.run import evaluate
 from genkit.rng import ItemRNG, hash_seed
 from genkit.sampling import sample
@@ -96,13 +97,14 @@ class Sampler:
             real = self.run.inputs.pixels(self.run.source.__getitems__(range(len(pixels)))["x0"])
             labels = self.read["class_labels"] if "class_labels" in self.read else None
             generated = to_uint8(pixels.cpu())
-            result = evaluate(
-                to_uint8(real),
-                generated if labels is None else (generated, labels),
-                extractor=self.settings.evaluate,
-                device=samples.device,
-                quiet=True,
-            )
+            with alone():  # the other processes go on
+                result = evaluate(
+                    to_uint8(real),
+                    generated if labels is None else (generated, labels),
+                    extractor=self.settings.evaluate,
+                    device=samples.device,
+                    quiet=True,
+                )
             measures = measures | {f"eval/{k}": v for k, v in result.values.items()}
         if pixels.ndim == 4 and pixels.shape[1] in (1, 3):
             grid = image_grid(pixels)
