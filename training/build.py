@@ -187,10 +187,45 @@ def _new(config: TrainConfig) -> DiffusionPipeline:
     cls = lookup("genkit.networks", ModelMixin, model.network, setting="model.network")  # type: ignore[arg-type]
     network = _call(cls, model.settings, "model")
     own = _own_pipeline(cls)
-    if own is not None:
-        return own(**{own.student_class.component: network})
-    scheduler = _call(_scheduler_class(model.scheduler), model.scheduler.settings, "model.scheduler")
-    return ClassConditionalPipeline(transformer=network, scheduler=scheduler)
+    pipeline = ClassConditionalPipeline if own is None else own
+    parts = {pipeline_component(own): network}
+    accepted = inspect.signature(pipeline.__init__).parameters.keys() - {"self", *parts}
+    for name, folder in model.components.items():
+        if name not in accepted:
+            raise ValueError(unknown("model.components: component", name, accepted))
+        parts[name] = _component(name, folder)
+    if own is None:
+        parts["scheduler"] = _call(_scheduler_class(model.scheduler), model.scheduler.settings, "model.scheduler")
+    return _call(pipeline, parts, "model.components")
+
+
+def pipeline_component(own: Any | None) -> str:
+    """What the trained network is called in its pipeline."""
+    return "transformer" if own is None else own.student_class.component
+
+
+def _component(name: str, folder: str) -> nn.Module:
+    """The model of a folder, or what stands under ``name``, or is the network, in the pipeline of one.
+
+    Raises:
+        ValueError: neither; a model of an unknown class.
+    """
+    setting, path = f"model.components.{name}", Path(folder)
+    if (path / "model_index.json").is_file():
+        pipe = load_pipeline(folder, setting)
+        own = type(pipe) if hasattr(type(pipe), "student_class") else None
+        part = pipe.components.get(name) or pipe.components.get(pipeline_component(own))
+        if isinstance(part, nn.Module):
+            return part
+        raise ValueError(f"{setting}={folder!r} is a pipeline of {sorted(pipe.components)}, with no {name}")
+    if not (path / "config.json").is_file():
+        raise ValueError(f"{setting}={folder!r} is neither the folder of a model nor that of a pipeline")
+    kind = json.loads((path / "config.json").read_text()).get("_class_name")
+    ours = {cls.__name__: cls for cls in members("genkit.networks", ModelMixin).values()}
+    cls = ours.get(str(kind), getattr(diffusers, str(kind), None))
+    if cls is None:
+        raise ValueError(f"{setting}={folder!r} is of the class {kind}, which neither genkit nor Diffusers has")
+    return cls.from_pretrained(folder, dtype=torch.float32)
 
 
 def _own_pipeline(network: type) -> Any | None:
@@ -203,7 +238,8 @@ def _call(cls, settings: dict, setting: str):
     try:
         return cls(**settings)
     except (TypeError, ValueError, NotImplementedError) as error:
-        raise ValueError(f"{setting}: {cls.__name__} refuses {settings}: {error}") from None
+        told = {k: type(v).__name__ if isinstance(v, nn.Module) else v for k, v in settings.items()}
+        raise ValueError(f"{setting}: {cls.__name__} refuses {told}: {error}") from None
 
 
 def _scheduler_class(scheduler: Named) -> type:

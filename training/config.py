@@ -43,19 +43,22 @@ class Model(BaseModel):
 
     ``network``: name of a file in ``genkit.networks``, whose constructor's arguments stand beside it; ``scheduler``
     (``{name: class, ...its arguments}``) then fixes the path and what the network predicts, and is exported with it.
-    ``pretrained``: a pipeline folder, which brings all of that.
+    ``components``: what stands beside a new network in its pipeline, by name: the folder of a model, or of a pipeline
+    that has one: ``{vqvae: outputs/digits/tokenizer_fvq/pipeline}``. ``pretrained``: a pipeline folder, which brings
+    all of that.
     """
 
     model_config = ConfigDict(extra="allow", frozen=True, protected_namespaces=())
     network: str | None = None
     pretrained: str | None = None
     scheduler: Scheduler = Scheduler()
+    components: dict[str, str] = {}
 
     @model_validator(mode="after")
     def _one(self):
         if (self.network is None) == (self.pretrained is None):
             raise ValueError("exactly one of network and pretrained must be set")
-        if self.pretrained is not None and (self.model_extra or "scheduler" in self.model_fields_set):
+        if self.pretrained is not None and (self.model_extra or self.model_fields_set - {"pretrained", "network"}):
             extra = sorted(set(self.model_extra or {}) | (self.model_fields_set - {"pretrained"}))
             raise ValueError(f"{', '.join(extra)} cannot be set with pretrained, which brings its own")
         return self
@@ -66,7 +69,7 @@ class Model(BaseModel):
         values = handler(self)
         if self.pretrained is not None:
             return {"pretrained": self.pretrained}
-        return {k: v for k, v in values.items() if k != "pretrained"}
+        return {k: v for k, v in values.items() if k != "pretrained" and (k != "components" or v)}
 
     @property
     def settings(self) -> dict[str, Any]:
