@@ -18,10 +18,12 @@ FAMILIES = {
     "genkit.schedulers": "genkit.schedulers.base:PathScheduler",
     "genkit.networks": "diffusers:ModelMixin",
     "genkit.training.objectives": "genkit.training.objectives.base:Objective",
+    "genkit.eval.extractors": "genkit.eval.extractors.base:Extractor",
     "genkit.eval.metrics": "genkit.eval.metrics.base:Metric",
     "genkit.data": "genkit.data.base:Source",
     "genkit.rewards": "genkit.rewards.base:Reward",
 }
+ALONE = ("genkit.eval.geneval", "genkit.eval.mmhm")  # methods that are of no family
 
 
 def methods() -> dict[str, list[str]]:
@@ -42,7 +44,7 @@ def methods() -> dict[str, list[str]]:
             ids = _ids(import_module(f"{package}.{method}"))
             if method in family or ids:
                 found[method] = list(dict.fromkeys((*found.get(method, []), *ids)))
-    return found
+    return found | {name.rpartition(".")[2]: _ids(import_module(name)) for name in ALONE}
 
 
 def _ids(module: ModuleType) -> list[str]:

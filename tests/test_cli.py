@@ -1,6 +1,8 @@
 """The command line: every sub-command end to end on small things; errors are one line."""
 
 import json
+import re
+from pathlib import Path
 
 import diffusers
 import pytest
@@ -56,6 +58,10 @@ def test_cite_a_method_and_a_run(tmp_path):
         ("fkc", ["2503.02819"]),
         ("fk_steering", ["2501.06848", "2510.05825"]),
         ("entropic", ["2510.05825"]),
+        ("mmhm", ["2603.14186"]),
+        ("geneval", ["2310.11513"]),
+        ("lpips", ["1801.03924"]),
+        ("dinov2", ["2306.04675"]),
     ],
 )
 def test_cite_rewards_and_particle_methods(method, ids):
@@ -78,6 +84,13 @@ def test_the_bibliography_is_whole():
     assert {i for ids in cite.methods().values() for i in ids} & set(cite.entries())
     for entry in cite.entries().values():
         assert all(field in entry for field in ("title={", "author={", "year={", "eprint={"))
+
+
+def test_every_paper_that_evaluation_names_has_a_whole_entry():
+    root = Path(__file__).parents[1]
+    sources = [p for folder in ("eval", "genkit/rewards", "genkit/perceptual") for p in (root / folder).rglob("*.py")]
+    named = {i for path in sources for i in re.findall(r"\b\d{4}\.\d{5}\b", path.read_text(encoding="utf-8"))}
+    assert len(named) > 20 and not named - set(cite.entries())
 
 
 def test_cite_suggests(monkeypatch, capsys):
