@@ -18,7 +18,7 @@ app.add_typer(evaluation, name="eval")
 adapters = typer.Typer(help="Scale and mix LoRAs after training.", no_args_is_help=True)
 app.add_typer(adapters, name="adapters")
 
-EXTRACTORS = "clean_fid, clip, digits, dinov2, inception, none, torchmetrics"
+EXTRACTORS = "clean_fid, clip, digits, dinov2, function, inception, none, torchmetrics"
 
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
 

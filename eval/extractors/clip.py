@@ -1,5 +1,7 @@
 """CLIP: image embeddings, those of CMMD by default."""
 
+from typing import Any
+
 from torch import Tensor
 
 from genkit.eval.extractors import _hub
@@ -29,6 +31,7 @@ class CLIPExtractor(ResizedExtractor):
     """
 
     usual = "pil"
+    network: Any  # transformers' CLIPModel
 
     def __init__(self, model: str = "openai/clip-vit-large-patch14-336", resize: str = "pil", download: bool = False):
         from transformers import CLIPModel

@@ -41,7 +41,7 @@ class Function(Reward):
     def __init__(self, **settings: Any):
         super().__init__(**settings)
         self.differentiable, self.takes = self.config.differentiable, self.config.takes
-        made = _loaded(self.config.path)
+        made = load_object(self.config.path)
         self.settings = self.config.settings
         if isinstance(made, type):
             made, self.settings = made(**self.settings), {}
@@ -57,8 +57,12 @@ class Function(Reward):
         return rewards
 
 
-def _loaded(path: str) -> Any:
-    """What ``path`` names."""
+def load_object(path: str) -> Any:
+    """What ``path``, ``package.module:name`` or ``folder/file.py:name``, names; the file or module is executed.
+
+    Raises:
+        ValueError: a path of another form, a file, module or name that is not there.
+    """
     source, colon, name = path.rpartition(":")
     if not colon or not source or not name:
         raise ValueError(f"path={path!r}: accepted are package.module:name and folder/file.py:name")
