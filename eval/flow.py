@@ -41,11 +41,7 @@ def straightness(
 
     Source: Liu et al., "Flow straight and fast", arXiv 2209.03003, equation 4.
     """
-    if not isinstance(denoiser.interpolant, Linear):
-        raise ValueError(
-            f"the denoiser is on the path {type(denoiser.interpolant).__name__}; straightness is that of the linear "
-            "path: wrap it in genkit.denoisers.on_path.OnPath"
-        )
+    require_linear(denoiser)
     if num_steps < 1:
         raise ValueError(f"num_steps={num_steps}: must be at least 1")
     h, x, velocities = 1 / num_steps, eps, []
@@ -59,6 +55,15 @@ def straightness(
     cost = transport_cost(x, eps)
     total = curvature.mean().item()
     return Straightness(total, total / cost, curvature, cost, x)
+
+
+def require_linear(denoiser: Denoiser) -> None:
+    """Raise ``ValueError`` unless the denoiser is on the linear path."""
+    if not isinstance(denoiser.interpolant, Linear):
+        raise ValueError(
+            f"the denoiser is on the path {type(denoiser.interpolant).__name__}; straightness is that of the linear "
+            "path: wrap it in genkit.denoisers.on_path.OnPath"
+        )
 
 
 def transport_cost(x0: Tensor, eps: Tensor) -> float:

@@ -2,21 +2,18 @@
 
 import contextlib
 import inspect
-import math
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import DiffusionPipeline
-from torch import Tensor, nn
+from torch import Tensor
 
 from genkit.denoisers.base import Condition, Denoiser
 from genkit.eval.asked import Asked, as_asked
-from genkit.eval.inputs import ImageSet, Maker, UnreadableImage, uint8_kind
+from genkit.eval.inputs import ImageSet, Maker, uint8_kind
+from genkit.eval.on_demand import Spool, evaluating
 from genkit.eval.preparation import Crop, Preparation, preparation
 from genkit.eval.processes import gather
 from genkit.guidance.base import Guider
@@ -66,8 +63,6 @@ def generated_images(
         ValueError: before any image is made: labels for a network that takes prompts or the reverse, labels out of
             range, settings that the pipeline does not take, no room for the images.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size}: must be at least 1")
     asked = as_asked(asked)
     prepare = preparation(size, crop)
     name = name or Path(pipe.config.get("_name_or_path") or type(pipe).__name__).name
@@ -81,10 +76,19 @@ def generated_images(
     else:
         rule = parse_guider(guider) if isinstance(guider, str) else guider
         model = _Denoising(adopt(pipe), asked, seed, settings, name, num_inference_steps, rule)
-    spool = _Spool(model, asked.n, batch_size, prepare, folder)
+    c, h, w = model.image_shape
+    if prepare is not None and c not in (1, 3):
+        raise ValueError(f"size={size}: images of {c} channels cannot be resized; accepted are 1 and 3")
+    shape = (c, h, w) if prepare is None else (c, prepare.size, prepare.size)
+    spool = Spool(lambda items: _prepared(model, prepare, items), asked.n, shape, batch_size, folder)
     kind = uint8_kind(model.image_shape)
     kind += f", {prepare}" if prepare else ""
     return ImageSet(name, asked.n, spool.load, asked.labels, asked.prompts, kind, model=model)
+
+
+def _prepared(model: "Model", prepare: Preparation | None, items: Sequence[int]) -> tuple[Tensor, dict[int, str]]:
+    images, bad = model.make(items)
+    return images if prepare is None else prepare.batch(images), bad
 
 
 class Model(Maker):
@@ -105,9 +109,12 @@ class Model(Maker):
         calls, images = (sum(column) for column in zip(*gather((self._calls, self._images)), strict=True))
         return calls / images if images else None
 
+    def evaluating(self) -> contextlib.AbstractContextManager[None]:
+        return _as_evaluated(self.pipe)
+
     def make(self, items: Sequence[int]) -> tuple[Tensor, dict[int, str]]:
         """uint8 ``(B, C, H, W)``, and what is wrong with which row."""
-        with _as_evaluated(self.pipe):
+        with self.evaluating():
             output = self._call(items)
         self._calls += output.network_calls * len(items)
         self._images += len(items)
@@ -174,13 +181,12 @@ class _Denoising(Model):
     def denoiser(self) -> Denoiser:
         return self.pipe.denoiser()
 
-    def start(self, items: Sequence[int], seed: int) -> tuple[Tensor, Condition]:
+    def start(self, count: int, seed: int) -> tuple[Tensor, Condition]:
         told = self.pipe.told(self._arguments)
         if self._given:
-            told[self._given] = [self._values[i] for i in items]
-        condition = self.pipe.encode(**told)
-        device = self.pipe._execution_device
-        return ItemRNG(seed, items).normal(self.shape).to(device), condition.to(device)
+            told[self._given] = [self._values[i * self.asked.n // count] for i in range(count)]
+        condition, device = self.pipe.encode(**told), self.pipe._execution_device
+        return ItemRNG(seed, range(count)).normal(self.shape).to(device), condition.to(device)
 
     def _call(self, items: Sequence[int]) -> PipelineOutput:
         what = [self._values[i] for i in items]
@@ -218,55 +224,15 @@ class _Autoregressive(Model):
         return self.pipe(labels, generator=generators, output_type="pt", **self._arguments)
 
 
-class _Spool:
-    """The images that have been made, in a file."""
-
-    def __init__(self, model: Model, n: int, batch_size: int, prepare: Preparation | None, folder: str | Path | None):
-        self.model, self.batch_size, self.prepare = model, batch_size, prepare
-        c, h, w = model.image_shape
-        if prepare is not None and c not in (1, 3):
-            raise ValueError(f"size={prepare.size}: images of {c} channels cannot be resized; accepted are 1 and 3")
-        self.shape = (c, h, w) if prepare is None else (c, prepare.size, prepare.size)
-        self._folder = tempfile.TemporaryDirectory(prefix="genkit-images-", dir=folder, ignore_cleanup_errors=True)
-        needed, free = n * math.prod(self.shape), shutil.disk_usage(self._folder.name).free
-        if needed > free:  # a mapped file without room behind it would end the process
-            raise ValueError(
-                f"folder={str(folder or tempfile.gettempdir())!r}: {n} images take {needed:,} bytes, {free:,} are free"
-            )
-        path = Path(self._folder.name) / "images.bin"
-        self._images = np.memmap(path, dtype=np.uint8, mode="w+", shape=(n, *self.shape))
-        self._made = torch.zeros(n, dtype=torch.bool)
-        self._bad: dict[int, str] = {}
-
-    def load(self, indices: Tensor) -> Tensor:
-        missing = indices[~self._made[indices]].unique()
-        for batch in missing.split(self.batch_size) if len(missing) else ():
-            items = batch.tolist()
-            images, bad = self.model.make(items)
-            self._images[items] = (images if self.prepare is None else self.prepare.batch(images)).numpy()
-            self._bad.update({items[row]: message for row, message in bad.items()})
-            self._made[batch] = True
-        for item in indices.tolist():
-            if item in self._bad:
-                raise UnreadableImage(item, self._bad[item])
-        return torch.from_numpy(self._images[indices.numpy()])
-
-
 @contextlib.contextmanager
 def _as_evaluated(pipe: Any) -> Iterator[None]:
     """Without dropout, gradients and progress bars, and after it as before."""
-    training = [m for part in pipe.components.values() if isinstance(part, nn.Module) for m in part.modules()]
-    training = [m for m in training if m.training]
     bars = getattr(pipe, "_progress_bar_config", None)
     try:
-        for module in training:
-            module.training = False
         pipe.set_progress_bar_config(**{**(bars or {}), "disable": True})
-        with torch.no_grad():
+        with evaluating(pipe.components.values()):
             yield
     finally:
-        for module in training:
-            module.training = True
         if bars is None:
             del pipe._progress_bar_config
         else:

@@ -1,5 +1,6 @@
 """Sets of images to evaluate, read as uint8 batches: tensors, ``.npz`` files, sources of data; folders are beside."""
 
+import contextlib
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,9 +30,11 @@ class Maker:
 
     Attributes:
         made_with: its settings, by the names that tables have them under.
+        originals: the images that are reconstructed, for one that does that.
     """
 
     made_with: dict[str, Any]
+    originals: "ImageSet | None" = None
 
     def network_calls(self) -> float | None:
         """Calls of a denoising network per image, as counted over all processes, which must all ask; None of others."""
@@ -41,9 +44,13 @@ class Maker:
         """The network as a :class:`genkit.denoisers.Denoiser`. Raises ``ValueError`` where there is none."""
         raise ValueError(f"{self.made_with['model']} has no denoiser")
 
-    def start(self, items: Sequence[int], seed: int) -> tuple[Tensor, Any]:
-        """Noise ``(B, ...)`` and conditions of some items, for whoever follows the flow of the denoiser."""
+    def start(self, count: int, seed: int) -> tuple[Tensor, Any]:
+        """Noise ``(count, ...)``, and conditions from all over the set, for whoever follows the denoiser's flow."""
         raise ValueError(f"{self.made_with['model']} starts from no noise")
+
+    def evaluating(self) -> contextlib.AbstractContextManager[None]:
+        """Within, the networks may be called: they are in evaluation mode, as they were before after it."""
+        return contextlib.nullcontext()
 
 
 @dataclass(frozen=True)
@@ -174,6 +181,15 @@ def drawn(images: ImageSet, n: int | None, seed: int, role: str) -> ImageSet:
         return images
     generator = torch.Generator().manual_seed(hash_seed(seed, *role.encode()))
     return images.subset(torch.randperm(images.n, generator=generator)[:n].sort().values)
+
+
+def same_images(a: ImageSet, b: ImageSet) -> bool:
+    """Whether ``a`` is ``b``, or what of it could be read: of one name and kind and, if of as many, alike at eight
+    places."""
+    if (a.name, a.kind) != (b.name, b.kind) or a.n > b.n:
+        return False
+    places = torch.arange(min(a.n, 8)) * a.n // min(a.n, 8)
+    return a.n < b.n or a.load is b.load or torch.equal(a.load(places), b.load(places))
 
 
 def uint8_kind(shape: Sequence[int]) -> str:

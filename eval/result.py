@@ -25,8 +25,10 @@ class Protocol(BaseModel):
     metrics: dict[str, dict[str, Any]]
     reference_images: str | None = Field(default=None, description="how they are stored, and what was done to them")
     generated_images: str | None = None
-    matched: Literal["labels", "prompts"] | None = Field(
-        default=None, description="what both sides have the same of, each as often, where that is known"
+    matched: Literal["labels", "prompts", "images"] | None = Field(
+        default=None,
+        description="what both sides have the same of, each as often, where that is known; images: reconstructions "
+        "against their originals",
     )
     seed: int
     device: str

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 import genkit
 from genkit.eval.extractors.base import Extractor, extract, get_extractor
 from genkit.eval.feature_files import is_features, load_features
-from genkit.eval.inputs import ImageSet, UnreadableImage, drawn, read_images
+from genkit.eval.inputs import ImageSet, UnreadableImage, drawn, read_images, same_images
 from genkit.eval.metrics._per_image import PerImage
 from genkit.eval.metrics.base import FeatureSet, Metric, all_metrics, get_metric
 from genkit.eval.processes import gather, gather_rows, join, own, rank_and_count
@@ -70,7 +70,7 @@ def measure(
     if unreadable:
         images = _without(images, unreadable)
     stats.meta = {"extractor": extractor.id, "source": images.name, "distance": extractor.distance}
-    stats.meta |= {"images": images.kind, "notes": list(images.notes)}
+    stats.meta |= {"images": images.kind, "notes": list(images.notes), "class_names": images.class_names}
     return FeatureSet(
         stats,
         gather_rows(torch.cat(features) if features else torch.empty(0, extractor.dim)) if keep else None,
@@ -164,6 +164,8 @@ def evaluate(
     if nfe is not None and sources[1] is not None and sources[1].model is not None:
         raise ValueError(f"nfe={nfe}: the generated images are made meanwhile, and their network calls are counted")
     chosen = possible_metrics(metrics, *(known_fields(source, extractor) for source in sources))
+    for metric in chosen:
+        metric.check(*sources)
     if n is not None and any(metric.paired for metric in chosen):
         raise ValueError(f"n={n}: the sides are drawn apart, but a metric pairs image i with image i; accepted is None")
     keeps = [
@@ -245,10 +247,12 @@ def _intervals(
     return found
 
 
-def _matched(real: FeatureSet | None, fake: FeatureSet) -> Literal["labels", "prompts"] | None:
-    """Whether both sides have each label, or each prompt, equally often."""
+def _matched(real: FeatureSet | None, fake: FeatureSet) -> Literal["labels", "prompts", "images"] | None:
+    """Whether both sides have each label, or each prompt, equally often, or one is of the very images of the other."""
     if real is None or real.n != fake.n:
         return None
+    if fake.model is not None and fake.model.originals is not None:
+        return "images" if real.images is not None and same_images(real.images, fake.model.originals) else None
     if real.labels is not None and fake.labels is not None:
         if torch.equal(real.labels.sort().values, fake.labels.sort().values):
             return "labels"
@@ -344,6 +348,9 @@ def _notes(real: FeatureSet | None, fake: FeatureSet) -> list[str]:
             notes.append(f"the {role} set has fewer images ({side.stats.n}) than feature dimensions ({side.stats.dim})")
         if "extractor" not in side.stats.meta:
             notes.append(f"the {role} statistics do not say which extractor they were made with")
+    if fake.model is not None and fake.model.originals is not None:
+        which = "is" if _matched(real, fake) == "images" else "is not"
+        notes.append(f"the reference {which} the images that were reconstructed, {fake.model.originals.name}")
     kinds = [side.stats.meta.get("images") for side in (real, fake) if side is not None]
     if len(kinds) == 2 and all(kinds):
         for lossy in ("JPEG", "WEBP"):

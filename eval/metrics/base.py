@@ -14,6 +14,7 @@ from genkit.registry import members
 
 PACKAGE = "genkit.eval.metrics"
 
+_SAID = {"model": "images that a model makes meanwhile, as of pipeline:FOLDER or reconstructed:FOLDER"}
 Better = Literal["lower", "higher"]
 
 
@@ -101,10 +102,15 @@ class Metric(ABC):
     def __call__(self, reference: FeatureSet | None, generated: FeatureSet) -> dict[str, float]:
         """Named values; names are the field's and unique over all metrics."""
 
+    def check(self, reference: "ImageSet | FeatureSet | None", generated: "ImageSet | FeatureSet | None") -> None:
+        """Raise ``ValueError`` for what is seen to be wrong with the sides before anything is measured, or made."""
+        return
+
     def missing(self, reference: Collection[str], generated: Collection[str]) -> list[str]:
         """What this metric would need beyond the fields that either side has, in words."""
         sides = (("reference", reference, self.reads_reference), ("generated", generated, self.reads_generated))
-        return [f"{side} {field}" for side, has, needs in sides for field in needs if field not in has]
+        absent = [(side, field) for side, has, needs in sides for field in needs if field not in has]
+        return [f"{side} {_SAID.get(field, field)}" for side, field in absent]
 
 
 def get_metric(metric: "str | Metric") -> Metric:

@@ -11,13 +11,16 @@ import torch
 from safetensors.torch import save_file
 
 from genkit import cite
-from genkit.eval.inputs import read_images
+from genkit.denoisers import Condition
+from genkit.eval.inputs import Maker, read_images
 from genkit.eval.metrics import base
 from genkit.eval.metrics.base import FeatureSet, Metric, get_metric
 from genkit.eval.metrics.frechet_infinity import FrechetInfinity
 from genkit.eval.metrics.kid import KernelInceptionDistance
 from genkit.eval.statistics import FeatureStats
 from genkit.registry import members
+from genkit.rng import ItemRNG
+from genkit.testing.oracles import Gaussian
 from tests.test_perceptual import vgg
 
 NAMES = sorted(members(base.PACKAGE, Metric))
@@ -47,20 +50,33 @@ def make(weights):
     return lambda name: made[name]() if name in made else get_metric(name)
 
 
+class Both(Maker):
+    """What metrics of a model read: a flow, and originals."""
+
+    def __init__(self, originals):
+        self.originals, self.made_with = originals, {"model": "both"}
+
+    def denoiser(self):
+        return Gaussian(torch.ones(2), 0.5).denoiser()
+
+    def start(self, count, seed):
+        return ItemRNG(seed, range(count)).normal((2,)), Condition()
+
+
 def side(seed, n=40, dim=5):
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(n, dim, generator=g)
     images = torch.randint(0, 256, (n, 3, 16, 16), generator=g, dtype=torch.uint8)
     labels = torch.randint(0, 4, (n,), generator=g)
-    return FeatureSet(
-        FeatureStats(dim).update(x), x, 3 * x[:, :4], labels, read_images(images), [f"a {i}" for i in range(n)]
-    )
+    prompts, images = [f"a {i}" for i in range(n)], read_images(images)
+    return FeatureSet(FeatureStats(dim).update(x), x, 3 * x[:, :4], labels, images, prompts, Both(images))
 
 
 def test_these_are_all():
     assert NAMES == [
         "accuracy", "cmmd", "contrast", "dists", "ea_dists", "frechet", "frechet_infinity", "inception_score", "kid",
-        "lpips", "mind", "prdc", "psnr", "realism", "reward", "saturation", "ssim",
+        "lpips", "mind", "prdc", "psnr", "realism", "reward", "rfid",
+        "saturation", "ssim", "straightness",
     ]  # fmt: skip
 
 

@@ -1,0 +1,148 @@
+"""Images as an autoencoder gives them back, and with them rFID, PSNR, SSIM and LPIPS of tokenizers."""
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoModel
+from torch import Tensor, nn
+
+from genkit._files import first_line
+from genkit.eval.inputs import ImageSet, Maker, UnreadableImage, uint8_kind
+from genkit.eval.on_demand import Spool, evaluating
+from genkit.latents import compression
+
+
+def reconstructed_images(
+    autoencoder: nn.Module | Callable[[Tensor], Tensor],
+    images: ImageSet,
+    *,
+    batch_size: int = 32,
+    name: str | None = None,
+    folder: str | Path | None = None,
+) -> ImageSet:
+    """``decode(encode(images))``, in the order of ``images``, made when asked for and kept for as long as the set.
+
+    From uint8 to [-1, 1] by x / 127.5 - 1, and back by round((x + 1) 127.5), clamped; some codes truncate, which
+    darkens. Of a distribution of latents the mode is decoded, so nothing is random.
+
+    Args:
+        autoencoder: of Diffusers (``AutoencoderKL``, ``VQModel``, ``AutoencoderTiny``, ``AutoencoderDC`` ...), or any
+            function of float ``(B, C, H, W)`` in [-1, 1].
+        name: what results call it; by default its folder or class.
+        folder: where the temporary file goes.
+
+    Raises:
+        ValueError: images of other channels or of a size that the autoencoder does not take, before any is made.
+    """
+    _, c, h, w = images.load(torch.tensor([_first_readable(images)])).shape
+    config = getattr(autoencoder, "config", None)
+    if config is not None:
+        takes, factor = config.get("in_channels", c), compression(autoencoder)
+        if takes != c:
+            raise ValueError(f"{type(autoencoder).__name__} takes images of {takes} channels, {images.name} has {c}")
+        if h % factor or w % factor:
+            raise ValueError(
+                f"{type(autoencoder).__name__} takes multiples of {factor} pixels, {images.name} is {w}x{h}; "
+                "size and crop change that"
+            )
+    if name is None:
+        known = getattr(config, "_name_or_path", None) or getattr(autoencoder, "__name__", type(autoencoder).__name__)
+        name = Path(known).name
+    model = Reconstruction(autoencoder, images, name)
+    spool = Spool(model.make, images.n, (c, h, w), batch_size, folder)
+    return ImageSet(
+        f"{images.name} reconstructed by {name}",
+        images.n,
+        spool.load,
+        images.labels,
+        images.prompts,
+        uint8_kind((c, h, w)),
+        model=model,
+        class_names=images.class_names,
+    )
+
+
+def load_autoencoder(folder: str | Path) -> nn.Module:
+    """An autoencoder of Diffusers from its folder, or from that of a pipeline that has one; or from the Hub by name.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: a network that does not encode and decode.
+    """
+    path = Path(folder)
+    local = [path / "config.json", path / "vae" / "config.json"]
+    if not any(config.is_file() for config in local) and (
+        path.exists() or not re.fullmatch(r"[\w-]+/[\w.-]+", str(folder))
+    ):
+        raise FileNotFoundError(f"{folder}: no config.json and no vae/config.json: no autoencoder of Diffusers")
+    subfolder = None if local[0].is_file() or not local[1].is_file() else "vae"
+    try:
+        autoencoder = AutoModel.from_pretrained(str(folder), subfolder=subfolder)
+    except (OSError, ValueError, json.JSONDecodeError) as error:
+        raise ValueError(f"{folder}: not a network of Diffusers that can be read: {first_line(error)}") from error
+    if not (hasattr(autoencoder, "encode") and hasattr(autoencoder, "decode")):
+        raise ValueError(f"{folder} is a {type(autoencoder).__name__}, which does not encode and decode")
+    return autoencoder
+
+
+class Reconstruction(Maker):
+    """An autoencoder, and the ``originals`` that it gives back."""
+
+    def __init__(self, autoencoder: Any, originals: ImageSet, name: str):
+        self.autoencoder, self.originals = autoencoder, originals
+        self.made_with = {"model": name}
+
+    def make(self, items: Sequence[int]) -> tuple[Tensor, dict[int, str]]:
+        """uint8 ``(B, C, H, W)``, and what is wrong with which row."""
+        assert self.originals is not None
+        bad: dict[int, str] = {}
+        read: dict[int, Tensor] = {}
+        for row, item in enumerate(items):
+            try:
+                read[row] = self.originals.load(torch.tensor([item]))
+            except UnreadableImage as error:
+                bad[row] = str(error)
+        if not read:
+            return torch.zeros(1, dtype=torch.uint8), bad
+        given = torch.cat(list(read.values()))
+        with evaluating([self.autoencoder]):
+            back = self._reconstruct(given.float() / 127.5 - 1).float().cpu()
+        if back.shape != given.shape:
+            raise ValueError(
+                f"{self.made_with['model']} makes {tuple(back.shape)} of {tuple(given.shape)}; expected the same shape"
+            )
+        bad |= {
+            row: f"image {items[row]} as reconstructed by {self.made_with['model']} is NaN"
+            for row, image in zip(read, back, strict=True)
+            if image.isnan().any()
+        }
+        images = torch.zeros(len(items), *given.shape[1:], dtype=torch.uint8)
+        images[list(read)] = ((back.nan_to_num() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        return images, bad
+
+    def _reconstruct(self, x: Tensor) -> Tensor:
+        if isinstance(self.autoencoder, nn.Module):
+            like = next(self.autoencoder.parameters(), x)
+            x = x.to(like.device, like.dtype)
+        if not hasattr(self.autoencoder, "encode"):
+            return self.autoencoder(x)
+        encoded = self.autoencoder.encode(x)
+        if hasattr(encoded, "latent_dist"):
+            latents = encoded.latent_dist.mode()
+        else:
+            latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent
+        return self.autoencoder.decode(latents, return_dict=False)[0]
+
+
+def _first_readable(images: ImageSet) -> int:
+    for i in range(images.n):
+        try:
+            images.load(torch.tensor([i]))
+            return i
+        except UnreadableImage:
+            continue
+    raise ValueError(f"none of the {images.n} images of {images.name} can be read")
