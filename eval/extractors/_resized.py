@@ -13,6 +13,8 @@ from genkit.eval.extractors.base import Extractor, Features
 from genkit.eval.resize import RULES
 from genkit.registry import unknown
 
+_AT_ONCE = 64  # large pictures: more would fill memory and gain nothing
+
 
 class ResizedExtractor(Extractor):
     """Features of a network that sees images, grey ones three times, brought to one size by the rule ``resize``.
@@ -50,7 +52,10 @@ class ResizedExtractor(Extractor):
         return self
 
     def __call__(self, images: Tensor) -> Features:
-        return self.see(RULES[self.resize](self.prepare(as_rgb(images, self._name)), self.size))
+        images = self.prepare(as_rgb(images, self._name))
+        seen = [self.see(RULES[self.resize](some, self.size)) for some in images.split(_AT_ONCE)]
+        logits = [some.logits for some in seen if some.logits is not None]
+        return Features(torch.cat([some.features for some in seen]), torch.cat(logits) if logits else None)
 
     def prepare(self, images: Tensor) -> Tensor:
         """What happens to images before they are resized: nothing, mostly."""

@@ -41,7 +41,7 @@ class FunctionExtractor(Extractor):
             made.eval().requires_grad_(False)
             hashes.append(state_hash(made.state_dict()))
         self.dim = dim
-        self.id = "/".join(["function", path.rpartition("/")[2], "-".join(hashes) or "no-source"])
+        self.id = "/".join([f"function-{path.rpartition('/')[2]}", "no-resize", "-".join(hashes) or "no-source"])
         self._made = made
         self._call = function_extractor(made, dim, self.id)
 

@@ -45,7 +45,7 @@ def test_evaluations_take_functions_as_objects_and_by_path(file):
     wanted = evaluate(*sides, extractor=own, metrics=["frechet"], quiet=True)
     found = evaluate(*sides, extractor=f"function:path={file}:means,dim=3", metrics=["frechet"], quiet=True)
     assert found.values == wanted.values and found.values["frechet_distance"] > 0
-    assert found.protocol.extractor.startswith("function/mine.py:means/")
+    assert found.protocol.extractor.startswith("function-mine.py:means/no-resize/")
 
 
 def test_a_module_is_made_once_frozen_and_out_of_training(file):
@@ -63,7 +63,7 @@ def test_the_id_follows_source_and_weights(file):
     ids.append(FunctionExtractor(f"{file}:Network", dim=5).id)
     assert ids[0] == ids[1] != ids[2]
     assert ids[0].rpartition("-")[2] == ids[2].rpartition("-")[2]  # the same weights
-    assert get_extractor("function:path=torch.nn.functional:relu,dim=1").id.startswith("function/torch.nn.functional:")
+    assert get_extractor("function:path=torch.nn.functional:relu,dim=1").id.startswith("function-torch.nn.functional:")
 
 
 def test_what_is_refused(file):

@@ -55,6 +55,17 @@ def test_batches_grey_images_and_random_state(made):
     assert torch.equal(before, torch.get_rng_state())
 
 
+def test_large_batches_are_seen_in_parts(dinov2_folder):
+    extractor, sizes = DINOv2Extractor(dinov2_folder), []
+    extractor.network.register_forward_pre_hook(
+        lambda _, args, kwargs: sizes.append(len(kwargs["pixel_values"])), with_kwargs=True
+    )
+    batch = images(70, 3, 8, 8)
+    features = next(extract(extractor, [batch])).features
+    assert sizes == [64, 6] and features.shape == (70, 16)
+    torch.testing.assert_close(features[65:66], next(extract(extractor, [batch[65:66]])).features, rtol=1e-5, atol=1e-5)
+
+
 @torch.no_grad()
 def test_clip_embeds_as_cmmd_and_transformers_do(clip_folder):
     batch = images(2, 3, 50, 41)
