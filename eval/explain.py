@@ -119,34 +119,36 @@ def explain(
 
     real, fake = (features(side, made) for side in sides)
     found = [("resize", made.resize, _distance(real, fake))]
-    for rule in rules:
+    for rule in dict.fromkeys(rules):
         if rule != made.resize:
             other = made.with_resize(rule)
             found.append(("resize", rule, _distance(*(features(side, other) for side in sides))))
     for quality in QUALITIES:
         found.append(("jpeg", f"quality {quality}", _distance(real, features(_as_jpeg(sides[1], quality), made))))
+    n_real, n_gen = real.n or 0, fake.n or 0
+    fewest = min(n_real, n_gen)
     for parts in PARTS:
-        if min(real.stats.n or 0, fake.stats.n or 0) >= 2 * parts:
+        if fewest >= 2 * parts:
             found.append(("images", f"n / {parts}", _of_parts(real, fake, parts, seed)))
     first = found[0][2]
     rows = [
         Row(choice=choice, name=name, value=value, difference=value - first, percent=_percent(value - first, first))
         for choice, name, value in found
     ]
-    fewest = min(real.stats.n or 0, fake.stats.n or 0)
-    few = [f"fewer images ({fewest}) than feature dimensions ({made.dim}): the distances are inflated"]
+    notes = [note for side in (real, fake) if side.images for note in side.images.notes]
+    if fewest < made.dim:
+        notes.append(f"fewer images ({fewest}) than feature dimensions ({made.dim}): the distances are inflated")
     return Explanation(
         extractor=made.id,
         distance=made.distance,
         reference=sides[0].name,
         generated=sides[1].name,
-        n_real=real.stats.n or 0,
-        n_gen=fake.stats.n or 0,
+        n_real=n_real,
+        n_gen=n_gen,
         rows=rows,
         values=values,
         pairs=[] if values is None else _pairs(rows, values[0] - values[1]),
-        notes=[*(note for side in (real, fake) if side.images for note in side.images.notes)]
-        + (few if fewest < made.dim else []),
+        notes=notes,
     )
 
 
@@ -168,7 +170,7 @@ def _distance(real: FeatureSet, fake: FeatureSet) -> float:
 
 def _of_parts(real: FeatureSet, fake: FeatureSet, parts: int, seed: int) -> float:
     generator = torch.Generator().manual_seed(hash_seed(seed, parts))
-    cut = [torch.randperm(side.stats.n or 0, generator=generator).tensor_split(parts) for side in (real, fake)]
+    cut = [torch.randperm(side.n or 0, generator=generator).tensor_split(parts) for side in (real, fake)]
     pairs = zip(*cut, strict=True)
     return sum(_distance(real.subset(i), fake.subset(j)) for i, j in pairs) / parts
 
@@ -188,7 +190,9 @@ def _jpeg(image: Tensor, quality: int) -> Tensor:
 
 
 def _percent(difference: float, whole: float) -> float:
-    return 100 * difference / whole if whole else math.copysign(math.inf, difference) if difference else 0.0
+    if difference == 0:
+        return 0.0
+    return 100 * difference / whole if whole else math.copysign(math.inf, difference)
 
 
 def _pairs(rows: Sequence[Row], difference: float) -> list[Pair]:

@@ -111,7 +111,8 @@ def test_draws_and_random_state(sides):
 
 def test_few_and_grey_images_and_equal_sets():
     grey = noise(20, 3)[:, :1]
-    found = explain(grey, grey, extractor=StandIn(), rules=["clean"], quiet=True)
+    found = explain(grey, grey, extractor=StandIn(), rules=["clean", "clean"], quiet=True)
+    assert [row.name for row in found.rows if row.choice == "resize"] == ["tf1", "clean"]
     assert any("fewer images (20) than feature dimensions (24)" in note for note in found.notes)
     assert found.rows[0].value == pytest.approx(0, abs=1e-9)
 
