@@ -24,6 +24,10 @@ from genkit.eval.saved import save_evaluation
 from genkit.eval.statistics import FeatureStats, is_statistics
 
 
+class NoImages(ValueError):
+    """Fewer than two images of a set can be read. Of several processes each raises it."""
+
+
 def measure(
     images: ImageSet,
     extractor: Extractor,
@@ -104,7 +108,7 @@ def _without(images: ImageSet, unreadable: dict[int, str]) -> ImageSet:
     told = "; ".join(list(unreadable.values())[:5]) + ("; ..." if len(unreadable) > 5 else "")
     note = f"{len(unreadable)} of {images.n} images of {images.name} were left out: {told}"
     if kept.sum() < 2:
-        raise ValueError(note)
+        raise NoImages(note)
     return replace(images.subset(kept.nonzero().flatten()), notes=(*images.notes, note))
 
 
@@ -158,7 +162,7 @@ def evaluate(
         raise ValueError(f"nfe={nfe}: expected 0 or more")
     extractor = get_extractor(extractor)
     sources = [
-        None if source is None else _open(source, role, extractor, n, seed, strict)
+        None if source is None else open_set(source, role, extractor, n, seed, strict)
         for role, source in (("reference", reference), ("generated", generated))
     ]
     if nfe is not None and sources[1] is not None and sources[1].model is not None:
@@ -261,7 +265,7 @@ def _matched(real: FeatureSet | None, fake: FeatureSet) -> Literal["labels", "pr
     return None
 
 
-def _open(
+def open_set(
     source: Any, role: str, extractor: Extractor, n: int | None, seed: int, strict: bool
 ) -> ImageSet | FeatureSet:
     """``source`` as images still to be measured, cut to ``n``, or as statistics that ``extractor`` may have made."""
@@ -361,95 +365,3 @@ def _notes(real: FeatureSet | None, fake: FeatureSet) -> list[str]:
             f"{real.stats.n} real and {fake.stats.n} generated images: recall and coverage depend on both counts"
         )
     return notes
-
-
-def main(
-    reference: str,
-    generated: str,
-    *,
-    metrics: Sequence[str] | None = None,
-    extractor: str = "digits",
-    n: int | None = None,
-    nfe: float | None = None,
-    seed: int = 0,
-    batch_size: int = 256,
-    device: str = "cpu",
-    strict: bool = False,
-    intervals: int | None = None,
-    output: str | Path | None = None,
-    json_path: str | Path | None = None,
-    html_path: str | Path | None = None,
-    quiet: bool = False,
-) -> Result:
-    """``genkit eval run REFERENCE GENERATED``: evaluate, print a table unless ``quiet``, write the files asked for.
-
-    Arguments and errors are those of ``evaluate``; an output folder that does not exist is refused before work starts.
-    Processes that were launched together share the work, and the first of them prints and writes.
-    """
-    for path in (json_path, html_path):
-        if path is not None and not Path(path).absolute().parent.is_dir():
-            raise ValueError(f"{path}: the folder {Path(path).absolute().parent} does not exist")
-    where = join(device)
-    result = evaluate(
-        reference,
-        generated,
-        metrics=metrics,
-        extractor=extractor,
-        n=n,
-        nfe=nfe,
-        seed=seed,
-        batch_size=batch_size,
-        device=where,
-        strict=strict,
-        intervals=intervals,
-        output=output,
-        quiet=quiet,
-    )
-    if rank_and_count()[0] > 0:
-        return result
-    if json_path is not None:
-        result.save(json_path)
-    if html_path is not None:
-        _write_html(html_path, result, reference, generated)
-    if not quiet:
-        _print(result)
-    return result
-
-
-def _print(result: Result) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    protocol = result.protocol
-    table = Table(title=f"{protocol.generated} against {protocol.reference}", title_justify="left")
-    table.add_column("metric")
-    table.add_column("value", justify="right")
-    for name, value in result.values.items():
-        low_high = result.intervals.get(name)
-        table.add_row(name, f"{value:.6g}" + (f"  [{low_high[0]:.4g}, {low_high[1]:.4g}]" if low_high else ""))
-    if result.nfe is not None:
-        table.add_row("network calls (NFE)", f"{result.nfe:g}")
-    console = Console()
-    console.print(table)
-    console.print(f"extractor {protocol.extractor}, n_real {protocol.n_real}, n_gen {protocol.n_gen}", highlight=False)
-    for note in result.notes:
-        console.print(f"note: {note}", highlight=False)
-
-
-def _write_html(path: str | Path, result: Result, reference: str, generated: str) -> None:
-    from genkit.eval.report import Gallery, ImageGrid, ProtocolBlock, Section, Table, write_report
-
-    rows: list[tuple[str, float]] = list(result.values.items())
-    if result.nfe is not None:
-        rows.append(("network calls (NFE)", result.nfe))
-    grids = []
-    for role, source in (("reference", reference), ("generated", generated)):
-        if not (Path(source).is_file() and is_statistics(source)):
-            images = read_images(source)
-            first = torch.arange(min(images.n, 60))
-            grids.append(ImageGrid(images.load(first), f"{role}: the first {len(first)} of {images.name}"))
-    sections = [Section("Values", [Table(["metric", "value"], rows), *result.notes])]
-    if grids:
-        sections.append(Section("Images", [Gallery(grids)]))
-    sections.append(Section("Protocol", [ProtocolBlock(result.protocol)]))
-    write_report(path, f"{result.protocol.generated} against {result.protocol.reference}", *sections)
