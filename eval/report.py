@@ -4,15 +4,16 @@ import base64
 import io
 import math
 import os
+import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import jinja2
 import numpy as np
+from markupsafe import Markup
 from PIL import Image
 from torch import Tensor
 
@@ -20,6 +21,12 @@ import genkit
 from genkit.eval.result import Protocol
 
 TEMPLATES = Path(__file__).parent / "templates"
+
+
+class Block(typing.Protocol):
+    """Anything that the templates can draw; ``kind`` says how."""
+
+    kind: ClassVar[str]
 
 
 @dataclass(frozen=True)
@@ -40,8 +47,16 @@ class Column:
 
 
 @dataclass(frozen=True)
+class Cell:
+    """A table's cell with a small remark below its value."""
+
+    value: Any
+    note: str
+
+
+@dataclass(frozen=True)
 class Table:
-    """Rows of numbers and text; a click on a head sorts. ``None`` shows as a dash.
+    """Rows of numbers and text, alone or as ``Cell``; a click on a head sorts. ``None`` shows as a dash.
 
     Rows numbered in ``aside`` (such as real data) take no part in the choice of the best.
 
@@ -68,8 +83,9 @@ class Table:
     def cells(self) -> list[list[dict]]:
         """For the template: of each cell its text, its number if it is one, and whether it is the column's best."""
         best = []
+        values = [[cell.value if isinstance(cell, Cell) else cell for cell in row] for row in self.rows]
         for j, column in enumerate(self.heads):
-            numbers = [row[j] for i, row in enumerate(self.rows) if i not in self.aside and _is_number(row[j])]
+            numbers = [row[j] for i, row in enumerate(values) if i not in self.aside and _is_number(row[j])]
             pick = {"lower": min, "higher": max}.get(column.better or "")
             best.append(pick(numbers) if pick and len(numbers) > 1 else None)
         return [
@@ -80,8 +96,9 @@ class Table:
                     else ("–" if value is None else value),
                     "number": value if _is_number(value) else None,
                     "best": best[j] is not None and i not in self.aside and value == best[j],
+                    "note": cell.note if isinstance(cell, Cell) else "",
                 }
-                for j, (value, column) in enumerate(zip(row, self.heads, strict=True))
+                for j, (value, cell, column) in enumerate(zip(values[i], row, self.heads, strict=True))
             ]
             for i, row in enumerate(self.rows)
         ]
@@ -157,9 +174,6 @@ class ProtocolBlock:
         return [(name.replace("_", " "), _in_words(value)) for name, value in fields.items()]
 
 
-Block = Paragraph | Table | ImageGrid | Figure | Gallery | Code | ProtocolBlock
-
-
 @dataclass(frozen=True)
 class Section:
     """A heading and what stands under it; a ``str`` among the blocks is a paragraph."""
@@ -175,7 +189,8 @@ class Section:
 def write_report(path: str | Path, title: str, *sections: Section, subtitle: str = "") -> Path:
     """Write ``sections`` as one HTML file without outside references, and return its path.
 
-    All text is escaped. The file is put in place in one move, so that a crash leaves the previous report whole.
+    All text is escaped. The same sections give the same bytes: nothing says when it was written. The file is put in
+    place in one move, so that a crash leaves the previous report whole.
     """
     if not sections:
         raise ValueError("write_report: at least one section is needed")
@@ -186,11 +201,11 @@ def write_report(path: str | Path, title: str, *sections: Section, subtitle: str
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
+    environment.filters["breaks"] = _breakable
     html = environment.get_template("report.html.jinja").render(
         title=title,
         subtitle=subtitle,
         sections=sections,
-        made=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         version=genkit.__version__,
     )
     path = Path(path)
@@ -238,6 +253,11 @@ def format_number(value: float, digits: int = 3) -> str:
     if size < 1e-4 or size >= 1e7:
         return f"{value:.{digits - 1}e}"
     return f"{value:,.{max(0, digits - 1 - math.floor(math.log10(size)))}f}"
+
+
+def _breakable(name: str) -> Markup:
+    """A name that may continue on the next line after ``_``."""
+    return Markup("_<wbr>").join(name.split("_"))
 
 
 def _is_number(value: Any) -> bool:

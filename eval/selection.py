@@ -134,7 +134,7 @@ def parse_metrics(text: str) -> dict[str, Direction]:
     found: dict[str, Direction] = {}
     for part in text.split(","):
         name, _, direction = (piece.strip() for piece in part.partition(":"))
-        name = _canonical(name)
+        name = canonical(name)
         direction = direction or DIRECTIONS.get(better(name), "")
         if not name or direction not in ("min", "max"):
             raise ValueError(
@@ -156,7 +156,7 @@ def parse_weights(text: str) -> dict[str, float]:
     found: dict[str, float] = {}
     for part in text.split(","):
         name, _, value = part.partition("=")
-        name = _canonical(name)
+        name = canonical(name)
         try:
             weight = float(value)
         except ValueError:
@@ -167,7 +167,8 @@ def parse_weights(text: str) -> dict[str, float]:
     return found
 
 
-def _canonical(name: str) -> str:
+def canonical(name: str) -> str:
+    """A metric's name as ours have it, whatever a table calls it: ``is_mean`` is ``inception_score``."""
     name = plain(name)
     return next((known for known, names in ALIASES.items() if name in names), name)
 
@@ -189,7 +190,7 @@ def read_bounds(path: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]]]
     bounds = found.get("bounds", found) if isinstance(found, dict) else None
     if not isinstance(bounds, dict):
         raise ValueError(f'{path}: expected {{"METRIC": {{"min": number, "max": number}}}} or a result with "bounds"')
-    return {_canonical(name): bound for name, bound in bounds.items()}, [protocol(row) for row in rows]
+    return {canonical(name): bound for name, bound in bounds.items()}, [protocol(row) for row in rows]
 
 
 def main(
@@ -242,7 +243,7 @@ def main(
     return result
 
 
-def _told(result: Mapping[str, Any]) -> list[str]:
+def told(result: Mapping[str, Any]) -> list[str]:
     bounds = ", ".join(f"{name} {b['min']:.6g} to {b['max']:.6g}" for name, b in result["bounds"].items())
     share = result["stability"]
     told = [f"bounds{' given' if result['bounds_given'] else ' of these rows'}: {bounds}; eps {result['eps']:g}"]
@@ -278,7 +279,7 @@ def _print(result: Mapping[str, Any], title: str) -> None:
         table.add_row(str(row["mmhm_rank"]), str(row["mmhm_row"]), f"{row['mmhm']:.5g}", *map(Text, cells), front)
     console = Console()
     console.print(table)
-    for line in _told(result):
+    for line in told(result):
         console.print(line, highlight=False, markup=False)
 
 
@@ -294,7 +295,7 @@ def _write_html(path: str | Path, result: Mapping[str, Any], title: str) -> None
         + ["yes" if row["mmhm_pareto"] else "no"]
         for row in result["rows"]
     ]
-    blocks: list[Block | str] = [Table(heads, rows), *_told(result)]
+    blocks: list[Block | str] = [Table(heads, rows), *told(result)]
     settings = {name: result[name] for name in ("metrics", "weights", "eps", "bounds", "clip", "forced")}
     made = {k: v for k, v in (settings | protocol(result["rows"][0])).items() if v is not None}
     write_report(path, f"MMHM of {title}", Section("Ranking", blocks), Section("Protocol", [ProtocolBlock(made)]))

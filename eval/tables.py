@@ -60,10 +60,11 @@ def _json(path: Path, text: str) -> list[Row]:
         found = found["rows"] if "rows" in found else [found]
     if not isinstance(found, list) or not all(isinstance(row, dict) for row in found):
         raise ValueError(f"{path}: expected a list of rows, each an object of values by column")
-    return [_of_result(row) if isinstance(row.get("values"), dict) else row for row in found]
+    return [row_of(row) if isinstance(row.get("values"), dict) else row for row in found]
 
 
-def _of_result(row: Row) -> Row:
+def row_of(row: Row) -> Row:
+    """A result, as JSON has it, as a table's row: what it was made with, its values, ``nfe`` and ``protocol``."""
     protocol = row.get("protocol")
     name = protocol.get("generated") if isinstance(protocol, dict) else None
     made = row.get("made_with") or {}

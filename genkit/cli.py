@@ -354,6 +354,58 @@ def explain_difference(
     )
 
 
+@evaluation.command("report")
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of evaluations or sweeps, JSON files of results.")],
+    html_path: Annotated[Path, typer.Option("--html", help="Write the page here.")],
+    metrics: Annotated[str | None, typer.Option(help="Which to show, in this order: fid,kid. All by default.")] = None,
+    mmhm: Annotated[
+        str | None, typer.Option(help="What MMHM is made of, as in eval mmhm; the published four by default.")
+    ] = None,
+    title: Annotated[str | None, typer.Option(help="What the page is called.")] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Show runs of different protocols together; the page says so.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing.")] = False,
+) -> None:
+    """Compare evaluations on one self-contained HTML page: winners, plots, correlations, images and the protocol."""
+    from genkit.eval.page import main
+
+    main(runs, html_path, metrics=metrics, mmhm=mmhm, title=title, force=force, quiet=quiet)
+
+
+@evaluation.command("correlate")
+def correlate(
+    tables: Annotated[list[Path], typer.Argument(help="CSV or JSON tables, folders of evaluations or sweeps.")],
+    metrics: Annotated[str | None, typer.Option(help="Which: fid,is,mmhm. All that are there by default.")] = None,
+    mmhm: Annotated[
+        str | None, typer.Option(help="What MMHM is made of, as in eval mmhm; the published four by default.")
+    ] = None,
+    method: Annotated[str, typer.Option(help="pearson, or spearman: that of ranks.")] = "pearson",
+    force: Annotated[
+        bool, typer.Option("--force", help="Correlate rows of different protocols; the result says so.")
+    ] = False,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write matrix and notes here.")] = None,
+    csv_path: Annotated[Path | None, typer.Option("--csv", help="Write the matrix here.")] = None,
+    html_path: Annotated[Path | None, typer.Option("--html", help="Write a coloured matrix here.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing.")] = False,
+) -> None:
+    """Print how far metrics, and MMHM, agree over the rows of results."""
+    from genkit.eval.correlate import main
+
+    main(
+        tables,
+        metrics=metrics,
+        mmhm=mmhm,
+        method=method,
+        force=force,
+        json_path=json_path,
+        csv_path=csv_path,
+        html_path=html_path,
+        quiet=quiet,
+    )
+
+
 @app.command()
 def doctor() -> None:
     """Print versions, devices, attention backends, and what is missing with the command that installs it."""

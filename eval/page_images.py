@@ -1,0 +1,95 @@
+"""What a page shows of images: the first ones side by side, the worst and the best, and values by class."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from genkit.eval.blocks import Details, Strip, Strips, short
+from genkit.eval.directions import better
+from genkit.eval.report import Block, Column, Table
+from genkit.eval.runs import Run
+from genkit.eval.saved import extremes
+
+RUNS, IMAGES, EXTREMES, CLASSES = 24, 10, 10, 40
+
+
+def first_blocks(runs: Sequence[Run]) -> list[Block | str]:
+    """The first images of every run, item by item in columns."""
+    shown = [run for run in runs if "first" in run.evaluation.images]
+    if not shown:
+        return []
+    count = min(IMAGES, max(len(run.evaluation.images["first"]) for run in shown))
+    labels = {_labels(run, count) for run in shown}
+    same = labels.pop() if len(labels) == 1 else None
+    heads = [f"#{i + 1}" + (f" · {same[i]}" if same else "") for i in range(count)]
+    rows = [Strip(run.name, run.evaluation.images["first"][:count]) for run in shown[:RUNS]]
+    words = f"The first {count} images of each run: a column is one item"
+    words += ", with the class it was asked for." if same else "."
+    return [Strips(rows, heads, caption=words + _of(shown))]
+
+
+def extreme_blocks(runs: Sequence[Run]) -> list[Block | str]:
+    """The images with the worst and the best score, which stands below each."""
+    blocks: list[Block | str] = []
+    for side in ("worst", "best"):
+        for score in dict.fromkeys(run.evaluation.ranked for run in runs if side in run.evaluation.images):
+            if score is None:
+                continue
+            shown = [run for run in runs if run.evaluation.ranked == score and side in run.evaluation.images]
+            rows = []
+            for run in shown[:RUNS]:
+                of = run.evaluation.scores
+                values = of[score][extremes(of)[side][:EXTREMES]].tolist()
+                rows.append(Strip(run.name, run.evaluation.images[side][:EXTREMES], [short(v) for v in values]))
+            words = f"{score}, which stands below each image, is better where it is {better(score)}." + _of(shown)
+            blocks.append(Strips(rows, title=f"The {side} by {score}", caption=words, folded_after=4))
+    return blocks
+
+
+def class_blocks(runs: Sequence[Run], head: Callable[[str], str]) -> list[Block | str]:
+    """Values by class: a table of the first run, and of the others folded."""
+    shown = [run for run in runs if run.result.per_class]
+    blocks: list[Block | str] = []
+    for i, run in enumerate(shown[:RUNS]):
+        table = _classes(run)
+        if i == 0:
+            blocks += [f"{run.name}", table]
+        else:
+            blocks.append(Details(run.name, [table]))
+    return blocks
+
+
+def _classes(run: Run) -> Table:
+    found = run.result.per_class
+    names = list(dict.fromkeys(name for values in found.values() for name in values))
+    ranks = next((name for name in names if better(name)), None)
+    order = list(found)
+    words = "Distances of so few images are far above that of all, and compare with classes of as many alone."
+    if len(order) > CLASSES and ranks is not None:
+        sign = 1 if better(ranks) == "lower" else -1
+        known = sorted((c for c in order if ranks in found[c]), key=lambda c: sign * found[c][ranks])
+        half = CLASSES // 2
+        order = [*known[:half], *known[-half:]]
+        words += f" The best and the worst {half} of {len(found)} classes by {ranks}; all are in result.json."
+    columns: list[str | Column] = ["class", *(Column(_title(name), better(name)) for name in names)]
+    rows: list[list[Any]] = [
+        [int(c) if c.lstrip("-").isdecimal() else c, *(_count(name, found[c].get(name)) for name in names)]
+        for c in order
+    ]
+    return Table(columns, rows, words)
+
+
+def _title(name: str) -> str:
+    return {"n_gen": "generated images", "n_real": "real images"}.get(name, name)
+
+
+def _count(name: str, value: float | None) -> Any:
+    return int(value) if value is not None and name in ("n_gen", "n_real") else value
+
+
+def _labels(run: Run, count: int) -> tuple[int, ...] | None:
+    labels = run.evaluation.labels
+    return None if labels is None or len(labels) < count else tuple(labels[:count].tolist())
+
+
+def _of(shown: Sequence[Run]) -> str:
+    return f" The first {RUNS} runs of {len(shown)}." if len(shown) > RUNS else ""
