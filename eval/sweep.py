@@ -1,0 +1,303 @@
+"""``genkit eval sweep``: evaluate a model at every combination of steps, guidance, guider and scheduler."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.utils.logging import disable_progress_bar
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from genkit.adapters import parse_adapter
+from genkit.eval.asked import Asked, evenly, matched
+from genkit.eval.cells import Cell, cells
+from genkit.eval.extractors.base import get_extractor
+from genkit.eval.feature_files import is_features
+from genkit.eval.generated import generated_images
+from genkit.eval.inputs import ImageSet, read_images
+from genkit.eval.metrics.base import FeatureSet, Metric
+from genkit.eval.preparation import Crop
+from genkit.eval.processes import join, own, rank_and_count
+from genkit.eval.run import NoImages, evaluate, known_fields, open_set, possible_metrics
+from genkit.eval.statistics import FeatureStats, is_statistics
+from genkit.eval.sweep_folder import SweepFolder, model_identity, reference_identity, write
+from genkit.eval.sweep_table import check_table, show_table, table
+from genkit.pipelines.base import DenoiserPipeline
+from genkit.pipelines.by_name import parse_settings
+from genkit.pipelines.commands import DTYPES, _num_classes, load_pipeline
+from genkit.registry import unknown
+
+
+class Sweep:
+    """A model, a reference and settings that every cell has in common; :meth:`run` makes the cells that are not there.
+
+    Args:
+        model: a pipeline's folder or its name on the Hub; see ``load_pipeline``.
+        reference: what ``evaluate`` takes. Images are generated for its prompts or labels, each as often as there; for
+            the classes of the model in turn where it has neither.
+        output: the folder: new, empty, or of a sweep with the same settings, which then goes on.
+        n: use only this many images of the reference, drawn by ``seed``, and generate as many.
+        adapters, arguments, dtype: as ``genkit sample`` has them.
+        size, crop: what is done to images on both sides; see ``read_images``.
+        metrics, extractor, intervals, strict, device: as ``evaluate`` has them.
+        batch_size: images that are generated, and measured, together.
+
+    Raises:
+        ValueError, FileNotFoundError: whatever can be refused before the network is called.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        reference: Any,
+        output: str | Path,
+        *,
+        metrics: Sequence[str | Metric] | None = None,
+        extractor: str = "digits",
+        n: int | None = None,
+        seed: int = 0,
+        adapters: Sequence[str] = (),
+        arguments: str = "",
+        dtype: str = "float32",
+        size: int | None = None,
+        crop: Crop | None = None,
+        intervals: int | None = None,
+        strict: bool = False,
+        batch_size: int = 64,
+        device: torch.device | str = "cpu",
+        quiet: bool = False,
+    ):
+        for name, value, least in (("n", n, 2), ("intervals", intervals, 2), ("batch_size", batch_size, 1)):
+            if value is not None and value < least:
+                raise ValueError(f"{name}={value}: must be at least {least}")
+        if dtype not in DTYPES:
+            raise ValueError(unknown("dtype", dtype, DTYPES))
+        self.arguments = parse_settings("arguments", arguments)
+        if "guidance_scale" in self.arguments:
+            raise ValueError("arguments: guidance_scale is an axis of the sweep; give it as guidance")
+        loras = [parse_adapter(text) for text in adapters]
+        self.extractor, self.seed, self.device = get_extractor(extractor), seed, device
+        if size is not None and not _is_measured(reference):
+            reference = read_images(reference, size=size, crop=crop, strict=strict)
+        self.real = open_set(reference, "reference", self.extractor, n, seed, strict)
+        self.output, self.metrics = Path(output), metrics
+        self.strict, self.intervals, self.batch_size, self.quiet = strict, intervals, batch_size, quiet
+        self.prepare: dict[str, Any] = {"size": size, "crop": crop}
+        path = Path(model)
+        self.name = path.parent.name if path.name == "pipeline" and path.parent.name else path.name
+        self.pipe = load_pipeline(model, dtype=DTYPES[dtype])
+        for i, (lora, scale) in enumerate(loras):
+            self.pipe.load_lora_weights(lora, f"adapter_{i}", scale)
+        self.pipe.to(device)
+        self.pipe.set_progress_bar_config(disable=True)
+        self.asked = _asked(self.pipe, self.real, n)
+        self.settings = {
+            "model": self.name,
+            "weights": model_identity(model),
+            "adapters": [[model_identity(lora), scale] for lora, scale in loras],
+            "arguments": self.arguments,
+            "dtype": dtype,
+            "reference": reference_identity(self.real),
+            "n": self.asked.n,
+            "seed": seed,
+            **self.prepare,
+            "extractor": self.extractor.id,
+            "intervals": intervals,
+        }
+
+    def run(
+        self,
+        *,
+        steps: Sequence[int],
+        guidance: Sequence[float] = (1.0,),
+        guiders: Sequence[str] = (),
+        schedulers: Sequence[str] = (),
+    ) -> tuple[SweepFolder, dict[str, str]]:
+        """Evaluate every combination of the axes (see :func:`genkit.eval.cells.cells`) that is not in the folder yet.
+
+        A cell is there once its ``result.json`` is, which is written last and in one move, so a sweep that was killed
+        goes on, and one with more values extends it. Of processes that were launched together each takes its share of
+        a cell's images. Returns the folder, and by name why cells have no result: hardly an image could be used.
+        """
+        wanted = cells(self.pipe, steps=steps, guidance=guidance, guiders=guiders, schedulers=schedulers)
+        fields = known_fields(self._check(wanted), self.extractor)
+        metrics = possible_metrics(self.metrics, known_fields(self.real, self.extractor), fields)
+        for metric in metrics:
+            if metric.paired:
+                raise ValueError(f"metrics: {metric.name!r} pairs image i with image i; here none is made from another")
+        chosen = {metric.name: metric.settings for metric in metrics}
+        folder = SweepFolder(self.output, {**self.settings, "metrics": chosen})
+        missing = [cell for cell in wanted if not folder.is_done(cell.name)]
+        common: dict[str, Any] = {"batch_size": self.batch_size, "device": self.device, "strict": self.strict}
+        real = self.real
+        if isinstance(real, ImageSet) and missing:
+            real = folder.reference(real, self.extractor, **common, quiet=self.quiet)
+        failed: dict[str, str] = {}
+        progress = _Progress(wanted, missing, self.asked.n, self.batch_size, self.quiet)
+        for cell in missing:
+            where = folder.begin(cell.name)
+            try:
+                evaluate(
+                    real,
+                    progress.of(cell, self._generated(cell, where)),
+                    metrics=metrics,
+                    extractor=self.extractor,
+                    seed=self.seed,
+                    intervals=self.intervals,
+                    made_with={"model": self.name, **cell.made_with, "seed": self.seed},
+                    output=where,
+                    quiet=True,
+                    **common,
+                )
+            except NoImages as error:
+                failed[cell.name] = str(error)
+        progress.close()
+        return folder, failed
+
+    def _check(self, wanted: Sequence[Cell]) -> ImageSet:
+        """Refuse what a cell would be refused for; returns the images of one, not made yet."""
+        room = self.output.absolute()
+        while not room.is_dir():
+            room = room.parent
+        for cell in wanted:
+            images = self._generated(cell, room)
+            self.pipe._set_schedule(self.pipe.sample_shape(**self._sizes), cell.steps, self.device, None, None)
+        return images
+
+    @property
+    def _sizes(self) -> dict[str, Any]:
+        return {name: self.arguments[name] for name in ("height", "width") if name in self.arguments}
+
+    def _generated(self, cell: Cell, folder: Path) -> ImageSet:
+        self.pipe.register_modules(scheduler=cell.scheduler)
+        return generated_images(
+            self.pipe,
+            self.asked,
+            seed=self.seed,
+            num_inference_steps=cell.steps,
+            guider=cell.guider,
+            arguments={**self.arguments, **cell.told},
+            batch_size=self.batch_size,
+            name=self.name,
+            folder=folder,
+            **self.prepare,
+        )
+
+
+def _asked(pipe: DenoiserPipeline, real: ImageSet | FeatureSet, n: int | None) -> Asked:
+    if isinstance(real, FeatureSet):
+        count = n if real.n is None else real.n
+        if count is None:
+            raise ValueError("n=None: the reference statistics do not say how many images they are of; give n")
+        name = str(real.stats.meta.get("source", "statistics"))
+        real = ImageSet(name, count, lambda indices: torch.empty(0), real.labels, real.prompts)
+    if real.labels is None and real.prompts is None and pipe.classic is None and _num_classes(pipe.network) > 0:
+        return evenly(_num_classes(pipe.network), real.n)
+    return matched(real)
+
+
+def _is_measured(source: Any) -> bool:
+    if not isinstance(source, str | Path):
+        return isinstance(source, FeatureSet | FeatureStats)
+    return is_features(source) or Path(source).is_file() and is_statistics(source)
+
+
+class _Progress:
+    """A bar over the images of all cells, with the time that is left, told by what the cells cost."""
+
+    def __init__(self, wanted: Sequence[Cell], missing: Sequence[Cell], n: int, batch_size: int, quiet: bool):
+        self.n, self.left = n, sum(cell.cost for cell in missing) * n
+        self.share, self.done = max(len(own(n, batch_size)), 1), 0.0
+        before = (len(wanted) - len(missing)) * n
+        self.bar = tqdm(
+            total=len(wanted) * n,
+            initial=before,
+            unit="image",
+            bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} images [{elapsed}{postfix}]",
+            disable=quiet or rank_and_count()[0] > 0 or None,
+        )
+        self.before = before
+
+    def of(self, cell: Cell, images: ImageSet) -> ImageSet:
+        """The images, counted the first time that they are asked for."""
+        self.bar.set_description_str(cell.name.rpartition("-")[0])
+        self.bar.n, self.before = self.before, self.before + self.n
+        asked = torch.zeros(self.n, dtype=torch.bool)
+
+        def load(indices: Tensor) -> Tensor:
+            new = int((~asked[indices]).sum()) * self.n / self.share
+            asked[indices] = True
+            loaded = images.load(indices)
+            self.done += new * cell.cost
+            rate = self.done / max(self.bar.format_dict["elapsed"], 1e-9)
+            self.bar.set_postfix_str(
+                f"{tqdm.format_interval(max(self.left - self.done, 0) / rate)} left", refresh=False
+            )
+            self.bar.update(min(round(new), self.before - self.bar.n))
+            return loaded
+
+        return replace(images, load=load)
+
+    def close(self) -> None:
+        self.bar.n = self.before
+        self.bar.close()
+
+
+def main(
+    model: str,
+    reference: str,
+    output: Path,
+    *,
+    steps: str,
+    guidance: str = "1",
+    guider: str | None = None,
+    scheduler: str | None = None,
+    mmhm: str | None = None,
+    json_path: Path | None = None,
+    csv_path: Path | None = None,
+    html_path: Path | None = None,
+    force: bool = False,
+    device: str | None = None,
+    quiet: bool = False,
+    **settings: Any,
+) -> dict[str, Any]:
+    """The command: make the cells, then write ``results.json`` and ``results.csv``, print, and return the table.
+
+    Raises:
+        ValueError, FileNotFoundError: as :class:`Sweep`; at the end, where a cell has no result.
+    """
+    from genkit.eval.by_name import split
+
+    written = {"json": json_path, "csv": csv_path, "html": html_path}
+    for name, path in written.items():
+        if path is not None and not path.absolute().parent.is_dir():
+            raise ValueError(f"{name}={str(path)!r}: the folder {path.absolute().parent} does not exist")
+    axes: dict[str, Any] = {
+        "steps": [_number("steps", text, int) for text in steps.split(",")],
+        "guidance": [_number("guidance", text, float) for text in guidance.split(",")],
+        "guiders": [] if guider is None else split(guider),
+        "schedulers": [] if scheduler is None else split(scheduler),
+    }
+    check_table(mmhm)
+    disable_progress_bar()  # Diffusers' own, of loading
+    where = join(device)
+    folder, failed = Sweep(model, reference, output, device=where, quiet=quiet, **settings).run(**axes)
+    found = table(folder.results(), mmhm=mmhm, force=force)
+    if rank_and_count()[0] == 0:
+        write(folder.folder / "results.json", json.dumps(found, indent=2) + "\n")
+        show_table(found, folder.folder, written, force=force, mmhm=mmhm, quiet=quiet)
+    if failed:
+        told = "; ".join(f"{name}: {why}" for name, why in failed.items())
+        raise ValueError(f"{len(failed)} cells have no result, and will be tried again: {told}")
+    return found
+
+
+def _number(axis: str, text: str, kind: type) -> Any:
+    try:
+        return kind(text)
+    except ValueError:
+        what = "whole numbers" if kind is int else "numbers"
+        raise ValueError(f"{axis}={text.strip()!r}: expected {what}, separated by commas") from None
