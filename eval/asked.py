@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from genkit.eval.inputs import ImageSet
+from genkit.eval.metrics.base import FeatureSet
 
 TEMPLATE = "a photo of a {}"
 
@@ -25,7 +26,7 @@ class Asked:
 
 
 def matched(
-    reference: ImageSet,
+    reference: ImageSet | FeatureSet,
     n: int | None = None,
     *,
     class_names: Mapping[int, str] | Sequence[str] | None = None,
@@ -48,11 +49,13 @@ def matched(
         raise ValueError(f"n={n}: must be at least 1")
     if template.count("{}") != 1:
         raise ValueError(f"template={template!r}: must have one {{}}, where the name of the class goes")
+    name, names = _known(reference)
+    assert reference.n is not None
     order = torch.arange(reference.n) if reference.labels is None else reference.labels.argsort(stable=True)
     n = reference.n if n is None else n
     chosen = order[torch.arange(n) * reference.n // n]
     labels = None if reference.labels is None else reference.labels[chosen]
-    names = reference.class_names if class_names is None else class_names
+    names = names if class_names is None else class_names
     prompts = None
     if reference.prompts is not None:
         prompts = [reference.prompts[i] for i in chosen.tolist()]
@@ -60,9 +63,17 @@ def matched(
         known = dict(names) if isinstance(names, Mapping) else dict(enumerate(names))
         absent = sorted(set(labels.tolist()) - known.keys())
         if absent:
-            raise ValueError(f"class_names: no name for label {absent[0]} of {reference.name} ({len(absent)} lack one)")
+            raise ValueError(f"class_names: no name for label {absent[0]} of {name} ({len(absent)} lack one)")
         prompts = [template.replace("{}", known[label].split(",")[0].strip()) for label in labels.tolist()]
-    return Asked(n, labels, prompts, f"reference {reference.name!r}")
+    return Asked(n, labels, prompts, f"reference {name!r}")
+
+
+def _known(reference: ImageSet | FeatureSet) -> tuple[str, Mapping[int, str] | Sequence[str] | None]:
+    if isinstance(reference, ImageSet):
+        return reference.name, reference.class_names
+    meta = reference.stats.meta  # of a file, where JSON has made texts of numbers
+    names = meta.get("class_names")
+    return meta.get("source", "statistics"), None if names is None else {int(k): v for k, v in names.items()}
 
 
 def evenly(num_classes: int, n: int) -> Asked:

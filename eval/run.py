@@ -18,14 +18,10 @@ from genkit.eval.feature_files import is_features, load_features
 from genkit.eval.inputs import ImageSet, UnreadableImage, drawn, read_images, same_images
 from genkit.eval.metrics._per_image import PerImage
 from genkit.eval.metrics.base import FeatureSet, Metric, all_metrics, get_metric
-from genkit.eval.processes import gather, gather_rows, join, own, rank_and_count
+from genkit.eval.processes import gather, gather_rows, own, rank_and_count
 from genkit.eval.result import Protocol, Result
 from genkit.eval.saved import save_evaluation
 from genkit.eval.statistics import FeatureStats, is_statistics
-
-
-class NoImages(ValueError):
-    """Fewer than two images of a set can be read. Of several processes each raises it."""
 
 
 def measure(
@@ -108,7 +104,7 @@ def _without(images: ImageSet, unreadable: dict[int, str]) -> ImageSet:
     told = "; ".join(list(unreadable.values())[:5]) + ("; ..." if len(unreadable) > 5 else "")
     note = f"{len(unreadable)} of {images.n} images of {images.name} were left out: {told}"
     if kept.sum() < 2:
-        raise NoImages(note)
+        raise ValueError(note)
     return replace(images.subset(kept.nonzero().flatten()), notes=(*images.notes, note))
 
 
@@ -162,7 +158,7 @@ def evaluate(
         raise ValueError(f"nfe={nfe}: expected 0 or more")
     extractor = get_extractor(extractor)
     sources = [
-        None if source is None else open_set(source, role, extractor, n, seed, strict)
+        None if source is None else _open(source, role, extractor, n, seed, strict)
         for role, source in (("reference", reference), ("generated", generated))
     ]
     if nfe is not None and sources[1] is not None and sources[1].model is not None:
@@ -265,7 +261,7 @@ def _matched(real: FeatureSet | None, fake: FeatureSet) -> Literal["labels", "pr
     return None
 
 
-def open_set(
+def _open(
     source: Any, role: str, extractor: Extractor, n: int | None, seed: int, strict: bool
 ) -> ImageSet | FeatureSet:
     """``source`` as images still to be measured, cut to ``n``, or as statistics that ``extractor`` may have made."""

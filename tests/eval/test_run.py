@@ -4,14 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from genkit.eval import run
+from genkit.eval import command
+from genkit.eval.command import main
 from genkit.eval.extractors.base import get_extractor
 from genkit.eval.inputs import read_images
 from genkit.eval.metrics.base import Metric, all_metrics
 from genkit.eval.metrics.frechet import FrechetDistance
 from genkit.eval.metrics.prdc import PrecisionRecallDensityCoverage
 from genkit.eval.result import Result, require_comparable
-from genkit.eval.run import evaluate, main, measure
+from genkit.eval.run import evaluate, measure
 
 
 @pytest.fixture(scope="module")
@@ -187,6 +188,6 @@ def test_main_writes_and_prints(halves, tmp_path, capsys):
 
 
 def test_main_refuses_a_missing_output_folder_first(tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "evaluate", lambda *a, **k: pytest.fail("work had started"))
+    monkeypatch.setattr(command, "evaluate", lambda *a, **k: pytest.fail("work had started"))
     with pytest.raises(ValueError, match="absent does not exist"):
         main("digits", "digits", json_path=tmp_path / "absent" / "r.json")
