@@ -24,6 +24,10 @@ from genkit.eval.saved import save_evaluation
 from genkit.eval.statistics import FeatureStats, is_statistics
 
 
+class NoImages(ValueError):
+    """Fewer than two images of a set can be read. Of several processes each raises it."""
+
+
 def measure(
     images: ImageSet,
     extractor: Extractor,
@@ -104,7 +108,7 @@ def _without(images: ImageSet, unreadable: dict[int, str]) -> ImageSet:
     told = "; ".join(list(unreadable.values())[:5]) + ("; ..." if len(unreadable) > 5 else "")
     note = f"{len(unreadable)} of {images.n} images of {images.name} were left out: {told}"
     if kept.sum() < 2:
-        raise ValueError(note)
+        raise NoImages(note)
     return replace(images.subset(kept.nonzero().flatten()), notes=(*images.notes, note))
 
 
@@ -158,7 +162,7 @@ def evaluate(
         raise ValueError(f"nfe={nfe}: expected 0 or more")
     extractor = get_extractor(extractor)
     sources = [
-        None if source is None else _open(source, role, extractor, n, seed, strict)
+        None if source is None else open_set(source, role, extractor, n, seed, strict)
         for role, source in (("reference", reference), ("generated", generated))
     ]
     if nfe is not None and sources[1] is not None and sources[1].model is not None:
@@ -261,7 +265,7 @@ def _matched(real: FeatureSet | None, fake: FeatureSet) -> Literal["labels", "pr
     return None
 
 
-def _open(
+def open_set(
     source: Any, role: str, extractor: Extractor, n: int | None, seed: int, strict: bool
 ) -> ImageSet | FeatureSet:
     """``source`` as images still to be measured, cut to ``n``, or as statistics that ``extractor`` may have made."""

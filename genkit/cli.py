@@ -385,42 +385,6 @@ def score_geneval(
     main(detections, json_path=json_path, quiet=quiet)
 
 
-@evaluation.command("doctor")
-def explain_difference(
-    a: Annotated[str, typer.Argument(help="Real images: a folder, .zip, .npz; or a result of eval run.")],
-    b: Annotated[str, typer.Argument(help="Generated images, likewise; or another result.")],
-    extractor: Annotated[
-        str | None, typer.Option(help="One with a setting resize: inception (by default), dinov2 or clip.")
-    ] = None,
-    rules: Annotated[
-        str | None, typer.Option(help="Resize rules to try, separated by commas: tf1,clean. All by default.")
-    ] = None,
-    values: Annotated[str | None, typer.Option(help="Two published numbers X,Y: what could X - Y be?")] = None,
-    n: Annotated[int | None, typer.Option(help="Use only this many images of each side.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the draw of those.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Images at a time.")] = None,
-    device: Annotated[str | None, typer.Option(help="Where to compute; cpu by default.")] = None,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Write what was found here.")] = None,
-    quiet: Quiet = False,
-) -> None:
-    """Say why two Frechet distances differ: by resize rule, JPEG and number of images, or by two results' protocols."""
-    from genkit.eval.explain import main
-
-    main(
-        a,
-        b,
-        extractor=extractor,
-        rules=rules,
-        values=values,
-        n=n,
-        seed=seed,
-        batch_size=batch_size,
-        device=device,
-        json_path=json_path,
-        quiet=quiet,
-    )
-
-
 @evaluation.command("report")
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Folders of evaluations or sweeps, JSON files of results.")],
@@ -466,6 +430,123 @@ def correlate(
         mmhm=mmhm,
         method=method,
         force=force,
+        json_path=json_path,
+        csv_path=csv_path,
+        html_path=html_path,
+        quiet=quiet,
+    )
+
+
+@evaluation.command("doctor")
+def explain_difference(
+    a: Annotated[str, typer.Argument(help="Real images: a folder, .zip, .npz; or a result of eval run.")],
+    b: Annotated[str, typer.Argument(help="Generated images, likewise; or another result.")],
+    extractor: Annotated[
+        str | None, typer.Option(help="One with a setting resize: inception (by default), dinov2 or clip.")
+    ] = None,
+    rules: Annotated[
+        str | None, typer.Option(help="Resize rules to try, separated by commas: tf1,clean. All by default.")
+    ] = None,
+    values: Annotated[str | None, typer.Option(help="Two published numbers X,Y: what could X - Y be?")] = None,
+    n: Annotated[int | None, typer.Option(help="Use only this many images of each side.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the draw of those.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images at a time.")] = None,
+    device: Annotated[str | None, typer.Option(help="Where to compute; cpu by default.")] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write what was found here.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Say why two Frechet distances differ: by resize rule, JPEG and number of images, or by two results' protocols."""
+    from genkit.eval.explain import main
+
+    main(
+        a,
+        b,
+        extractor=extractor,
+        rules=rules,
+        values=values,
+        n=n,
+        seed=seed,
+        batch_size=batch_size,
+        device=device,
+        json_path=json_path,
+        quiet=quiet,
+    )
+
+
+@evaluation.command("sweep")
+def sweep(
+    model: Annotated[str, typer.Argument(help="Folder of a pipeline, genkit's or Diffusers', or owner/name.")],
+    reference: Annotated[str, typer.Argument(help="Real images: a folder, .npz, saved statistics, or 'digits'.")],
+    output: Annotated[Path, typer.Option(help="Folder for the sweep; one of the same settings goes on.")],
+    steps: Annotated[str, typer.Option(help="Numbers of steps: 1,2,4,25.")],
+    guidance: Annotated[str, typer.Option(help="Guidance scales: 1,1.5,3,7; 1 is no guidance.")] = "1",
+    guider: Annotated[
+        str | None, typer.Option(help="Guiders, with settings but no scale: cfg,apg:eta=0. By default cfg.")
+    ] = None,
+    scheduler: Annotated[
+        str | None, typer.Option(help="Schedulers, with settings: pndm,DDIMScheduler. By default the pipeline's own.")
+    ] = None,
+    metrics: Annotated[
+        str | None, typer.Option(help="Names separated by commas; all that are possible by default.")
+    ] = None,
+    extractor: Annotated[str, typer.Option(help="Feature extractor.")] = "digits",
+    n: Annotated[
+        int | None, typer.Option("-n", "--n", help="Images a cell, and of the reference; by default all of that.")
+    ] = None,
+    mmhm: Annotated[
+        str | None, typer.Option(help="What MMHM is made of, as in eval mmhm; the published four by default.")
+    ] = None,
+    adapter: Annotated[list[str] | None, typer.Option(help="A LoRA: FOLDER, or FOLDER=0.7; several add up.")] = None,
+    arguments: Annotated[
+        str, typer.Option("--set", help="Others of the pipeline's call: height=512,negative_prompt='blurry'.")
+    ] = "",
+    size: Annotated[int | None, typer.Option(help="Make all images, real and generated, this large.")] = None,
+    crop: Annotated[str | None, typer.Option(help="How, with --size: center (default) or squash.")] = None,
+    intervals: Annotated[int | None, typer.Option(help="This many bootstrap resamples, for 95 % intervals.")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Stop at what would be a note.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Rank cells of different protocols together; the result says so.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Image i depends on (seed, i) alone.")] = 0,
+    batch_size: Annotated[int, typer.Option(help="Images at a time.")] = 64,
+    device: Annotated[str | None, typer.Option(help="Where to compute; the best there is by default.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write the table here too.")] = None,
+    csv_path: Annotated[Path | None, typer.Option("--csv", help="Write the table here too.")] = None,
+    html_path: Annotated[Path | None, typer.Option("--html", help="Write a report here.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing.")] = False,
+) -> None:
+    """Evaluate a model at every combination of steps and guidance, and rank them; stopped, it goes on cell by cell.
+
+    Images are made for the labels or prompts of the reference. On several GPUs: `accelerate launch -m genkit.cli eval
+    sweep ...`; the processes share each cell.
+    """
+    from genkit.eval.by_name import split
+    from genkit.eval.sweep import main
+
+    main(
+        model,
+        reference,
+        output,
+        steps=steps,
+        guidance=guidance,
+        guider=guider,
+        scheduler=scheduler,
+        metrics=None if metrics is None else split(metrics),
+        extractor=extractor,
+        n=n,
+        mmhm=mmhm,
+        adapters=adapter or [],
+        arguments=arguments,
+        size=size,
+        crop=crop,
+        intervals=intervals,
+        strict=strict,
+        force=force,
+        seed=seed,
+        batch_size=batch_size,
+        device=device,
+        dtype=dtype,
         json_path=json_path,
         csv_path=csv_path,
         html_path=html_path,
