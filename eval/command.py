@@ -124,21 +124,23 @@ def _check_folder(path: str | Path | None) -> None:
 def _print(result: Result) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     protocol = result.protocol
-    table = Table(title=f"{protocol.generated} against {protocol.reference}", title_justify="left")
+    table = Table(title=Text(f"{protocol.generated} against {protocol.reference}"), title_justify="left")
     table.add_column("metric")
     table.add_column("value", justify="right")
     for name, value in result.values.items():
         low_high = result.intervals.get(name)
-        table.add_row(name, f"{value:.6g}" + (f"  [{low_high[0]:.4g}, {low_high[1]:.4g}]" if low_high else ""))
+        interval = f"  [{low_high[0]:.4g}, {low_high[1]:.4g}]" if low_high else ""
+        table.add_row(Text(name), f"{value:.6g}{interval}")  # as text: fid[clean] has no markup
     if result.nfe is not None:
         table.add_row("network calls (NFE)", f"{result.nfe:g}")
     console = Console()
     console.print(table)
-    console.print(f"extractor {protocol.extractor}, n_real {protocol.n_real}, n_gen {protocol.n_gen}", highlight=False)
-    for note in result.notes:
-        console.print(f"note: {note}", highlight=False)
+    lines = [f"extractor {protocol.extractor}, n_real {protocol.n_real}, n_gen {protocol.n_gen}"]
+    for line in lines + [f"note: {note}" for note in result.notes]:
+        console.print(line, highlight=False, markup=False)
 
 
 def _write_html(path: str | Path, result: Result, reference: Any, generated: Any) -> None:

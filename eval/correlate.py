@@ -215,12 +215,13 @@ def _print(result: Mapping[str, Any]) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table("", title=caption(result).rstrip("."), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for name in result["metrics"]:
-        table.add_column(head(name, result["better"][name]), justify="right", overflow="fold")
+        table.add_column(Text(head(name, result["better"][name])), justify="right", overflow="fold")
     for name, row in zip(result["metrics"], result["matrix"], strict=True):
-        table.add_row(name, *(f"{value:+.3f}" for value in row))
+        table.add_row(Text(name), *(f"{value:+.3f}" for value in row))
     console = Console()
     console.print(table)
     for note in result["notes"]:

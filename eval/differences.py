@@ -39,7 +39,10 @@ class Difference(BaseModel):
 
 
 class Comparison(BaseModel):
-    """The differences of two protocols, what matters first, and of each metric that both have its values in A and B."""
+    """The differences of two protocols, what matters first, and of each metric that both have its values in A and B.
+
+    A distance under another name, with another resize rule, is still its counterpart: ``fid | fid[clean]``.
+    """
 
     model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
 
@@ -77,10 +80,9 @@ def compare(a: str | Path, b: str | Path) -> Comparison:
         if x != y:
             matters, why = KNOWN[name.partition(".")[0]]
             found.append(Difference(part=name, a=x, b=y, matters=matters, why=why))
-    x, y = (result.values for result in results)
     return Comparison(
         differences=sorted(found, key=lambda difference: not difference.matters),
-        values={name: (x[name], y[name]) for name in x if name in y},
+        values=_shared(*(result.values for result in results)),
     )
 
 
@@ -95,16 +97,30 @@ def _parts(result: Result) -> dict[str, Any]:
     return extractor | parts | metrics | {f"versions.{k}": v for k, v in result.protocol.versions.items()}
 
 
+def _shared(a: dict[str, float], b: dict[str, float]) -> dict[str, tuple[float, float]]:
+    def plain(name: str) -> str:
+        return name.partition("[")[0]
+
+    found = {}
+    for name, value in a.items():
+        others = [name] if name in b else [other for other in b if plain(other) == plain(name) and other not in a]
+        if len(others) == 1:
+            other = others[0]
+            found[name if other == name else f"{name} | {other}"] = (value, b[other])
+    return found
+
+
 def show(found: Comparison) -> None:
     """Print both tables."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     console = Console()
     if found.values:
         table = Table("metric", "A", "B", "A - B", title="Values", title_justify="left")
         for name, (a, b) in found.values.items():
-            table.add_row(name, f"{a:.6g}", f"{b:.6g}", f"{a - b:+.4g}")
+            table.add_row(Text(name), f"{a:.6g}", f"{b:.6g}", f"{a - b:+.4g}")
         console.print(table)
     if not found.differences:
         console.print("The protocols are the same: only the images differ.")
@@ -112,5 +128,6 @@ def show(found: Comparison) -> None:
     table = Table("", "A", "B", "matters", "", title="Protocol", title_justify="left")
     for difference in found.differences:
         matters = "yes" if difference.matters else "hardly"
-        table.add_row(difference.part, str(difference.a), str(difference.b), matters, difference.why)
+        texts = (difference.part, str(difference.a), str(difference.b), matters, difference.why)
+        table.add_row(*map(Text, texts))
     console.print(table)

@@ -19,6 +19,7 @@ from genkit.eval.extractors.base import Extractor, get_extractor
 from genkit.eval.inputs import ImageSet, read_images
 from genkit.eval.metrics.base import FeatureSet
 from genkit.eval.metrics.frechet import FrechetDistance
+from genkit.eval.processes import join, rank_and_count
 from genkit.eval.resize import RULES
 from genkit.eval.run import measure
 from genkit.registry import members, unknown
@@ -80,7 +81,7 @@ def explain(
     n: int | None = None,
     seed: int = 0,
     batch_size: int = 64,
-    device: str = "cpu",
+    device: torch.device | str = "cpu",
     quiet: bool = False,
 ) -> Explanation:
     """The Frechet distance of two sets of images under each choice that published numbers differ in.
@@ -228,7 +229,7 @@ def main(
     """``genkit eval doctor A B``: explain, or compare two results; print it unless ``quiet``, and write JSON.
 
     Arguments and errors are those of :func:`explain`; what is None is left at its default. Of two results
-    (:mod:`genkit.eval.differences`) there is nothing to set.
+    (:mod:`genkit.eval.differences`) there is nothing to set. Processes that were launched together share the work.
     """
     from genkit.eval import differences
 
@@ -248,7 +249,10 @@ def main(
             given["values"] = _two(values)
         if rules is not None:
             given["rules"] = [rule.strip() for rule in rules.split(",")]
+        given["device"] = join(given.get("device", "cpu"))
         found = explain(a, b, quiet=quiet, **given)
+    if rank_and_count()[0] > 0:
+        return
     if json_path is not None:
         Path(json_path).write_text(found.model_dump_json(indent=2) + "\n", encoding="utf-8")
     if not quiet:
@@ -269,8 +273,10 @@ def _two(text: str) -> tuple[float, float]:
 def _print(found: Explanation) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=f"{found.distance}: {found.generated} against {found.reference}", title_justify="left")
+    title = f"{found.distance}: {found.generated} against {found.reference}"
+    table = Table(title=Text(title), title_justify="left")  # as text: fid[clean] has no markup
     for name in ("choice", "", "value", "difference", "percent"):
         table.add_column(name, justify="left" if name in ("choice", "") else "right")
     for i, row in enumerate(found.rows):
@@ -278,13 +284,14 @@ def _print(found: Explanation) -> None:
         table.add_row(row.choice, row.name, f"{row.value:.6g}", *changes)
     console = Console()
     console.print(table)
-    console.print(f"extractor {found.extractor}, n_real {found.n_real}, n_gen {found.n_gen}", highlight=False)
+    lines = [f"extractor {found.extractor}, n_real {found.n_real}, n_gen {found.n_gen}"]
     if found.values is not None:
         x, y = found.values
-        console.print(f"{x:g} - {y:g} = {x - y:+.4g} could be:", highlight=False)
-        for pair in found.pairs[:3]:
-            text = f"  {pair.first} against {pair.second}: {pair.explained:+.4g}, unexplained {pair.unexplained:+.4g}"
-            console.print(text, highlight=False)
-        console.print("These sets are not those of the two numbers: take it for a suspicion.", highlight=False)
-    for note in found.notes:
-        console.print(f"note: {note}", highlight=False)
+        lines.append(f"{x:g} - {y:g} = {x - y:+.4g} could be:")
+        lines += [
+            f"  {pair.first} against {pair.second}: {pair.explained:+.4g}, unexplained {pair.unexplained:+.4g}"
+            for pair in found.pairs[:3]
+        ]
+        lines.append("These sets are not those of the two numbers: take it for a suspicion.")
+    for line in [*lines, *(f"note: {note}" for note in found.notes)]:
+        console.print(line, highlight=False, markup=False)

@@ -108,7 +108,7 @@ def _print(found: Mapping[str, Any], folder: Path) -> None:
     shown = Table(title=Text(str(folder)), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     columns = [[_cell(row.get(name)) for row in rows] for name in names]
     for head, column in zip(names.values(), columns, strict=True):
-        shown.add_column(head, overflow="fold", min_width=max(map(len, column), default=1))
+        shown.add_column(Text(head), overflow="fold", min_width=max(map(len, column), default=1))
     for row in zip(*columns, strict=True):
         shown.add_row(*row)
     console = Console()

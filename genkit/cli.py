@@ -489,7 +489,7 @@ def sweep(
     metrics: Annotated[
         str | None, typer.Option(help="Names separated by commas; all that are possible by default.")
     ] = None,
-    extractor: Annotated[str, typer.Option(help="Feature extractor.")] = "digits",
+    extractor: Annotated[str, typer.Option(help="Feature extractor, as for eval run.")] = "digits",
     n: Annotated[
         int | None, typer.Option("-n", "--n", help="Images a cell, and of the reference; by default all of that.")
     ] = None,

@@ -51,7 +51,7 @@ def test_what_matters_comes_first(tmp_path):
     assert parts(found, False) == ["seed", "versions.torch"]
     assert not found.differences[0].a == found.differences[0].b == "clean"
     assert (found.differences[0].a, found.differences[0].b) == ("tf1", "clean")
-    assert found.values == {"kid": (0.1, 0.3)}
+    assert found.values == {"fid | fid[clean]": (2.5, 3.5), "kid": (0.1, 0.3)}
 
 
 def test_the_same_protocol_and_extractors_of_any_name(tmp_path):
@@ -77,10 +77,10 @@ def test_files_and_folders(tmp_path):
 
 
 def test_command(tmp_path):
-    a, b = write(tmp_path / "a.json"), write(tmp_path / "b.json", {"fid": 3.0}, n_gen=5_000)
+    a, b = write(tmp_path / "a.json"), write(tmp_path / "b.json", {"fid[clean]": 3.0}, n_gen=5_000)
     options = ["--json", str(tmp_path / "out.json")]
     outcome = CliRunner().invoke(cli.app, ["eval", "doctor", str(a), str(b), *options], catch_exceptions=False)
-    assert "n_gen" in outcome.output and "-0.5" in outcome.output
+    assert "fid | fid[clean]" in outcome.output and "n_gen" in outcome.output and "-0.5" in outcome.output
     assert json.loads((tmp_path / "out.json").read_text())["differences"][0]["matters"] is True
     outcome = CliRunner().invoke(cli.app, ["eval", "doctor", str(a), str(a)], catch_exceptions=False)
     assert "only the images differ" in outcome.output

@@ -156,6 +156,9 @@ def test_command(files, tmp_path, monkeypatch):
     assert all(text in outcome.output for text in ("fid: b.npz against a.npz", "tf1", "clean", "3.5 - 3", "suspicion"))
     written = json.loads((tmp_path / "out.json").read_text())
     assert [row["name"] for row in written["rows"][:2]] == ["tf1", "clean"]
+    monkeypatch.setattr("genkit.eval.explain.get_extractor", lambda name: StandIn("clean"))
+    outcome = CliRunner().invoke(cli.app, ["eval", "doctor", *files], catch_exceptions=False)
+    assert "fid[clean]: b.npz against a.npz" in outcome.output
     quiet = CliRunner().invoke(cli.app, ["eval", "doctor", *files, "--rules", "clean", "--quiet"])
     assert quiet.exit_code == 0 and not quiet.output
     assert read_images(files[0]).n == 40

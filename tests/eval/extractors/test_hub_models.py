@@ -7,6 +7,7 @@ from PIL import Image
 from torch.nn import functional as F
 from transformers import CLIPModel, Dinov2Config, Dinov2Model, Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
+from genkit.eval.command import main
 from genkit.eval.extractors import dinov2
 from genkit.eval.extractors.base import extract, get_extractor
 from genkit.eval.extractors.clip import CLIPExtractor
@@ -148,6 +149,14 @@ def test_in_an_evaluation(clip_folder):
     )
     assert set(result.values) == {"fd_clip[32x2/16@32]", "frechet_raw", "cmmd"}
     assert result.protocol.extractor == CLIPExtractor(clip_folder).id
+
+
+def test_the_command_prints_the_rule(clip_folder, tmp_path, capsys):
+    for i in range(2):
+        np.savez(tmp_path / f"{i}.npz", images=images(20, 3, 16, 16, seed=i).numpy())
+    sides = (str(tmp_path / f"{i}.npz") for i in range(2))
+    main(*sides, extractor=f"clip:model={clip_folder},resize=clean", metrics=["frechet"])
+    assert "fd_clip[32x2/16@32][clean]" in capsys.readouterr().out
 
 
 def test_absent_models_give_the_command():
