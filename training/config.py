@@ -119,6 +119,37 @@ class Sampling(Section):
     evaluate: str | None = None
 
 
+class Evaluation(Section):
+    """Metrics every ``every`` steps: ``num_samples`` samples with the averaged weights, against a reference.
+
+    ``extractor`` and ``metrics`` are written as for ``genkit eval run`` (``inception:weights=FILE``,
+    ``kid:subsets=0``); without ``metrics``, all usual ones that are possible. ``reference`` is a folder, ``.npz`` or
+    saved statistics; unset, as many records of the data. All processes share the work. Results are files in
+    ``evaluations``.
+    """
+
+    every: int | None = Field(None, ge=1)
+    num_samples: int = Field(1000, ge=2)
+    num_inference_steps: int = Field(4, ge=1)
+    batch_size: int = Field(64, ge=1)
+    extractor: str | None = None
+    metrics: list[str] | None = None
+    reference: str | None = None
+
+    @field_validator("metrics", mode="before")
+    @classmethod
+    def _split(cls, value):
+        from genkit.eval.by_name import split
+
+        return split(value) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _measurable(self):
+        if self.every is not None and self.extractor is None:
+            raise ValueError(f"every={self.every} needs an extractor, as inception:weights=FILE or digits")
+        return self
+
+
 class Health(Section):
     """When to warn: a gradient norm this many times its running median; samples with this much more of their values
     outside the data's range than the data has at its ends; samples with less than this share of the data's variance.
@@ -199,6 +230,7 @@ class TrainConfig(Section):
     tracker_project_name: str = "genkit"
     logging_steps: int = Field(10, ge=1)
     sampling: Sampling = Sampling()
+    evaluation: Evaluation = Evaluation()
     health: Health = Health()
     rounds: Rounds | None = None
     distill: Distill | None = None

@@ -108,7 +108,7 @@ def check(made: Accelerator, config: TrainConfig, objective: Objective, phases: 
             "with DDP (`accelerate launch --multi_gpu`)"
         )
     if made.distributed_type == DistributedType.FSDP:
-        sharding.check(objective, config.sampling.every)
+        sharding.check(objective, sampling=config.sampling.every, evaluation=config.evaluation.every)
 
 
 def _refuse() -> None:

@@ -18,7 +18,7 @@ from genkit.rng import ItemRNG, hash_seed
 from genkit.sampling import sample
 from genkit.students import Student
 from genkit.training.build import Run
-from genkit.training.config import Rounds, Sampling
+from genkit.training.config import Evaluation, Rounds, Sampling
 from genkit.training.parts.rollout import schedule
 
 
@@ -40,7 +40,7 @@ def draw(run: Run, read: dict[str, Any], rng: ItemRNG, num_inference_steps: int,
     return sample(run.student, scheduler, x, condition, guider=guider, generators=rng.generators()).float()
 
 
-def check_steps(run: Run, settings: Sampling | Rounds, section: str) -> None:
+def check_steps(run: Run, settings: Sampling | Evaluation | Rounds, section: str) -> None:
     """Refuse a number of steps that the student cannot take."""
     if (
         isinstance(run.student, Student)

@@ -18,7 +18,8 @@ logger = logging.getLogger("genkit.training")
 
 # Settings that may change between a checkpoint and the run that goes on from it without changing what is computed.
 _OPERATIONAL = {"output_dir", "resume", "report_to", "logging_dir", "tracker_project_name", "logging_steps", "health"}
-_OPERATIONAL |= {"checkpointing_steps", "checkpoints_total_limit", "sampling", "dataloader_num_workers", "distill"}
+_OPERATIONAL |= {"checkpointing_steps", "checkpoints_total_limit", "sampling", "evaluation", "dataloader_num_workers"}
+_OPERATIONAL |= {"distill"}
 
 
 class Saving:

@@ -104,8 +104,11 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False)
 
 
-def check(objective: Objective, sampling_every: int | None) -> None:
+def check(objective: Objective, **every: int | None) -> None:
     """Refuse, with the remedy, what needs whole weights.
+
+    Args:
+        every: after how many steps samples are drawn, by the section that says so.
 
     Raises:
         ValueError: forward-mode derivatives; samples in the course of training; a method that says so.
@@ -120,10 +123,9 @@ def check(objective: Objective, sampling_every: int | None) -> None:
             f"FSDP: objective={type(objective).__name__} differentiates by torch.func, which cannot look into sharded "
             "weights; set objective.jvp=finite_difference or use a loss without derivatives (psd_m, psd_u)"
         )
-    if sampling_every is not None:
-        raise ValueError(
-            f"sampling.every={sampling_every}: not with FSDP; set sampling.every=null and sample afterwards"
-        )
+    for section, steps in every.items():
+        if steps is not None:
+            raise ValueError(f"{section}.every={steps}: not with FSDP; set {section}.every=null and sample afterwards")
 
 
 def is_sharded(parameters: list[Tensor]) -> bool:

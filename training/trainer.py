@@ -18,6 +18,7 @@ from genkit.denoisers.base import FlowMap
 from genkit.rng import ItemRNG, hash_seed
 from genkit.training import checkpoint, machine, sharding
 from genkit.training.build import Run
+from genkit.training.evaluation import Evaluator
 from genkit.training.health import Health
 from genkit.training.interrupt import Signals, Stopped
 from genkit.training.logs import Metrics, check_trackers, flatten
@@ -70,6 +71,7 @@ class Trainer:
         self.step = self.saving.load(self.roles)
         self.metrics = Metrics(self.accelerator, config.output_dir, self.step, config.max_train_steps, quiet)
         self.sampler = Sampler(run) if config.sampling.every else None
+        self.evaluator = Evaluator(run) if config.evaluation.every else None
         self.x0: Tensor | None = None  # the latest data, what samples are measured against
 
     def _phases(self) -> list[Phase]:
@@ -266,6 +268,11 @@ class Trainer:
         every = self.config.sampling.every
         if every and self.step % every == 0:
             self._sample()
+        every = self.config.evaluation.every
+        if every and self.step % every == 0:
+            assert self.evaluator is not None and self.x0 is not None
+            with self.averaged():
+                self.evaluator(self.step, tuple(self.x0.shape[1:]), self.device, self.autocast, self.accelerator)
 
     def _flush(self) -> None:
         for line in self.metrics.flush():

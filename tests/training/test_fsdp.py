@@ -162,7 +162,7 @@ def test_methods_that_move_weights_themselves_are_refused(kind):
 )
 def test_what_needs_whole_weights_is_refused(method, every, message):
     with pytest.raises(ValueError, match=message):
-        sharding.check(method, every)
+        sharding.check(method, sampling=every)
 
 
 @pytest.mark.parametrize(
