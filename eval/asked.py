@@ -60,7 +60,7 @@ def matched(
     if reference.prompts is not None:
         prompts = [reference.prompts[i] for i in chosen.tolist()]
     elif labels is not None and names is not None:
-        known = dict(names) if isinstance(names, Mapping) else dict(enumerate(names))
+        known: dict[int, str] = dict(names) if isinstance(names, Mapping) else dict(enumerate(names))
         absent = sorted(set(labels.tolist()) - known.keys())
         if absent:
             raise ValueError(f"class_names: no name for label {absent[0]} of {name} ({len(absent)} lack one)")
@@ -95,7 +95,7 @@ def as_asked(asked: Asked | Sequence[str] | Sequence[int] | Tensor | int) -> Ask
         if asked < 1:
             raise ValueError(f"asked={asked}: must be at least 1 image")
         return Asked(asked)
-    values = asked.tolist() if isinstance(asked, Tensor) else list(asked)
+    values: list = asked.tolist() if isinstance(asked, Tensor) else list(asked)
     if values and all(isinstance(value, str) for value in values):
         return Asked(len(values), prompts=values)
     if values and all(isinstance(value, int) and not isinstance(value, bool) for value in values):

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from genkit.eval.inputs import ImageSet, UnreadableImage
 from genkit.eval.preparation import Preparation
@@ -43,7 +44,7 @@ def read_folder(path: Path, *, prepare: Preparation | None = None, strict: bool 
         raise ValueError(f"{path}: no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
     heads: dict[str, _Head] = {}
     unreadable: dict[str, str] = {}
-    for name in dict.fromkeys(names):
+    for name in tqdm(dict.fromkeys(names), desc=f"headers of {path.name}", unit="image", delay=2, disable=None):
         try:
             heads[name] = _head(files, name)
         except BAD as error:
@@ -143,7 +144,8 @@ class _Head:
 
     def __init__(self, image: Image.Image):
         # Pillow reads the higher 8 of 16 bits of a colour image and does not say so; the raw mode does.
-        raw = [part for tile in image.tile for part in (tile[3] if isinstance(tile[3], tuple) else (tile[3],))]
+        tiles: Any = getattr(image, "tile", ())
+        raw = [part for tile in tiles for part in (tile[3] if isinstance(tile[3], tuple) else (tile[3],))]
         deep = [part for part in raw if isinstance(part, str) and ";16" in part]
         self.mode = deep[0] if deep else image.mode
         self.size, self.format = image.size, image.format or "unknown"

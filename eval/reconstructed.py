@@ -50,8 +50,8 @@ def reconstructed_images(
                 "size and crop change that"
             )
     if name is None:
-        known = getattr(config, "_name_or_path", None) or getattr(autoencoder, "__name__", type(autoencoder).__name__)
-        name = Path(known).name
+        known = getattr(config, "_name_or_path", None) or getattr(autoencoder, "__name__", None)
+        name = Path(str(known or type(autoencoder).__name__)).name
     model = Reconstruction(autoencoder, images, name)
     spool = Spool(model.make, images.n, (c, h, w), batch_size, folder)
     return ImageSet(
@@ -81,7 +81,8 @@ def load_autoencoder(folder: str | Path) -> nn.Module:
         raise FileNotFoundError(f"{folder}: no config.json and no vae/config.json: no autoencoder of Diffusers")
     subfolder = None if local[0].is_file() or not local[1].is_file() else "vae"
     try:
-        autoencoder = AutoModel.from_pretrained(str(folder), subfolder=subfolder)
+        with torch.random.fork_rng(devices=[]):  # networks draw their first weights before they are given those there
+            autoencoder = AutoModel.from_pretrained(str(folder), subfolder=subfolder)
     except (OSError, ValueError, json.JSONDecodeError) as error:
         raise ValueError(f"{folder}: not a network of Diffusers that can be read: {first_line(error)}") from error
     if not (hasattr(autoencoder, "encode") and hasattr(autoencoder, "decode")):

@@ -355,8 +355,8 @@ def _notes(real: FeatureSet | None, fake: FeatureSet) -> list[str]:
     if fake.model is not None and fake.model.originals is not None:
         which = "is" if _matched(real, fake) == "images" else "is not"
         notes.append(f"the reference {which} the images that were reconstructed, {fake.model.originals.name}")
-    kinds = [side.stats.meta.get("images") for side in (real, fake) if side is not None]
-    if len(kinds) == 2 and all(kinds):
+    kinds = [kind for side in (real, fake) if side is not None and (kind := side.stats.meta.get("images"))]
+    if len(kinds) == 2:
         for lossy in ("JPEG", "WEBP"):
             if (lossy in kinds[0]) != (lossy in kinds[1]):
                 notes.append(f"{lossy} on one side only ({kinds[0]}; {kinds[1]}): its traces count as a difference")

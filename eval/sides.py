@@ -124,7 +124,8 @@ def _pipeline(folder: str, chosen: Generation, device: torch.device | str) -> Di
     if index.is_file() and json.loads(index.read_text())["_class_name"] == AutoregressivePipeline.__name__:
         if chosen.scheduler is not None:
             raise ValueError(f"scheduler={chosen.scheduler!r}: an autoregressive pipeline has none")
-        return AutoregressivePipeline.from_pretrained(folder, dtype=dtype).to(device)
+        with torch.random.fork_rng(devices=[]):
+            return AutoregressivePipeline.from_pretrained(folder, dtype=dtype).to(device)
     pipe = load_pipeline(folder, dtype=dtype)
     if chosen.scheduler is not None:
         pipe.register_modules(scheduler=parse_scheduler(chosen.scheduler, pipe.scheduler))

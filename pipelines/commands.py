@@ -54,7 +54,8 @@ def load_pipeline(pipeline: str | Path, **kwargs: Any) -> DenoiserPipeline:
         ) from error
     cls = _class_for(index["_class_name"], index, f"pipeline={str(pipeline)!r}")
     try:
-        return cls.from_pretrained(str(pipeline), **kwargs)
+        with torch.random.fork_rng(devices=[]):  # networks draw their first weights before they are given those there
+            return cls.from_pretrained(str(pipeline), **kwargs)
     except OSError as error:
         raise ValueError(
             f"pipeline={str(pipeline)!r} could not be read: {first_line(error)}; accepted are a whole "
@@ -69,7 +70,7 @@ def adopt(pipe: DiffusionPipeline) -> DenoiserPipeline:
     Raises:
         ValueError: a pipeline that makes images of neither prompts nor labels.
     """
-    if isinstance(pipe, tuple(PIPELINES.values())):
+    if isinstance(pipe, DenoiserPipeline) and isinstance(pipe, tuple(PIPELINES.values())):
         return pipe
     return _class_for(type(pipe).__name__, pipe.components, "the pipeline").from_pipe(pipe)
 

@@ -1,6 +1,7 @@
 """Sides of an evaluation as a command line writes them."""
 
 import json
+import random
 
 import diffusers
 import numpy as np
@@ -170,6 +171,36 @@ def test_reconstructions_of_the_reference_or_of_others(tiny_pipeline, tmp_path):
         open_sides(tmp_path / "ref.npz", f"reconstructed:{tmp_path / 'vae'}")
     with pytest.raises(ValueError, match="crop='squash' has no effect without size"):
         open_sides(tmp_path / "val", tmp_path / "val", crop="squash")
+
+
+@pytest.mark.parametrize("kind", ["pipeline", "reconstructed", "folder"])
+def test_the_same_call_gives_the_same_bytes_and_touches_no_random_state(kind, folder, tiny_pipeline, tmp_path):
+    torch.manual_seed(3)
+    (tmp_path / "real").mkdir()
+    for i, image in enumerate(torch.randint(0, 256, (6, 16, 16, 3), dtype=torch.uint8)):
+        Image.fromarray(image.numpy()).save(tmp_path / "real" / f"{i}.png")
+    real, metrics = str(tmp_path / "real"), ["psnr"]
+    if kind == "pipeline":
+        real, metrics = "digits", ["frechet", "prdc", "straightness:num_samples=4,num_steps=2"]
+        sides = real, f"pipeline:{folder}"
+    elif kind == "reconstructed":
+        tiny_pipeline("sd15").vae.save_pretrained(tmp_path / "vae")
+        sides = real, f"reconstructed:{tmp_path / 'vae'}"
+    else:
+        sides = real, real
+    extractor = "none" if kind != "pipeline" else "digits"
+    settings = dict(metrics=metrics, extractor=extractor, quiet=True)
+    if kind == "pipeline":
+        settings |= dict(n=40, generation=Generation(steps=2))
+    states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    for name in ("a", "b"):
+        main(*sides, output=tmp_path / name, **settings)
+    assert torch.equal(torch.get_rng_state(), states[0]) and random.getstate() == states[2]
+    assert (np.random.get_state()[1] == states[1]).all()
+    files = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert files == sorted(path.name for path in (tmp_path / "b").iterdir()) and "result.json" in files
+    for name in files:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
 def test_strict_from_the_command_line(real, tmp_path):
