@@ -76,7 +76,7 @@ def cells(
     found: dict[str, Cell] = {}
     for (text, scheduler), guider, scale, count in itertools.product(paths.items(), names, guidance, steps):
         cell = _cell(pipe, text, scheduler, guider, float(scale), count)
-        found.setdefault(cell.name, cell)
+        found.setdefault(cell.name.rpartition("-")[2], cell)
     return list(found.values())
 
 

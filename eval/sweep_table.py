@@ -104,7 +104,7 @@ def _print(found: Mapping[str, Any], folder: Path) -> None:
     every = dict.fromkeys(name for row in rows for name in row)
     varying = [name for name in every if len({str(row.get(name)) for row in rows}) > 1]
     names |= {k: k.replace("_", " ") for k in _SETTINGS if k in every and (k in varying or k == "steps")}
-    names |= {k: k for k in every if is_shown(k)}
+    names |= {k: k.replace("_", " ") for k in every if is_shown(k)}
     shown = Table(title=Text(str(folder)), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     columns = [[_cell(row.get(name)) for row in rows] for name in names]
     for head, column in zip(names.values(), columns, strict=True):
