@@ -23,6 +23,7 @@ def images():
     return torch.rand(2, 3, 299, 299, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of arguments that torchvision would have otherwise now
 @torch.no_grad()
 def test_pytorch_fid_gives_the_same_features(network, state, images, monkeypatch):
     # clean-fid carries pytorch-fid's network; it would download the weights.
