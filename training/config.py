@@ -196,6 +196,8 @@ class TrainConfig(Section):
     """Settings of a training run. Names are those of Diffusers' training scripts where these have the setting.
 
     ``global_batch_size`` counts all processes and accumulation steps, so that a run does not depend on either.
+    ``lr_hold_ratio``: of the steps after the warm-up, how many ``hold_linear`` and ``hold_cosine`` keep the full rate,
+    0.3 where unset.
     ``frozen_dtype``: of weights that never train: text encoders, teacher, and under a LoRA the network itself; what
     trains, and an autoencoder, stay in float32.
     ``resume``: ``latest``, a ``checkpoint-<step>`` folder, or nothing to start anew.
@@ -212,6 +214,7 @@ class TrainConfig(Section):
     lr_scheduler: str = "constant"
     lr_warmup_steps: int = Field(0, ge=0)
     lr_final_ratio: float = Field(0.0, ge=0, le=1)
+    lr_hold_ratio: float | None = Field(None, ge=0, lt=1)
     global_batch_size: int = Field(ge=1)
     gradient_accumulation_steps: int = Field(1, ge=1)
     max_train_steps: int = Field(ge=1)
@@ -275,6 +278,11 @@ class TrainConfig(Section):
             raise ValueError(
                 f"lr_warmup_steps={self.lr_warmup_steps} needs a schedule with warm-up, such as "
                 "lr_scheduler=constant_with_warmup"
+            )
+        if self.lr_hold_ratio is not None and not self.lr_scheduler.startswith("hold_"):
+            raise ValueError(
+                f"lr_hold_ratio={self.lr_hold_ratio} needs lr_scheduler=hold_linear or hold_cosine, not "
+                f"{self.lr_scheduler}"
             )
         return self
 

@@ -30,7 +30,11 @@ class TrainedRole:
         self.optimizer = make_optimizer(Named(**optimizer), list(self.parameters.values()))
         self._rates = [group["lr"] for group in self.optimizer.param_groups]
         self._factor = lr_factor(
-            config.lr_scheduler, config.lr_warmup_steps, config.max_train_steps, config.lr_final_ratio
+            config.lr_scheduler,
+            config.lr_warmup_steps,
+            config.max_train_steps,
+            config.lr_final_ratio,
+            config.lr_hold_ratio,
         )
         self.ema = EMA(self.parameters, config.ema.decays) if role.ema and config.ema.decays else None
         self.zero: Zero | None = None  # under DeepSpeed, what has taken over the optimiser

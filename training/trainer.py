@@ -75,8 +75,9 @@ class Trainer:
         self.x0: Tensor | None = None  # the latest data, what samples are measured against
 
     def _phases(self) -> list[Phase]:
-        """The kinds of phases of the run, as seen in its first ten thousand steps."""
-        steps = range(min(self.config.max_train_steps, 10_000))
+        """The kinds of phases of the run, as seen in ten thousand steps at its start and as many spread over it."""
+        last = self.config.max_train_steps - 1
+        steps = (*range(min(last, 10_000)), *range(0, last, last // 10_000 + 1), last)
         return list(dict.fromkeys(p for k in steps for p in self.objective.phases(k)))
 
     def _prepare(self, phases: list[Phase]) -> None:
