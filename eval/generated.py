@@ -83,7 +83,8 @@ def generated_images(
     spool = Spool(lambda items: _prepared(model, prepare, items), asked.n, shape, batch_size, folder)
     kind = uint8_kind(model.image_shape)
     kind += f", {prepare}" if prepare else ""
-    return ImageSet(name, asked.n, spool.load, asked.labels, asked.prompts, kind, model=model)
+    labels, prompts = (asked.labels, asked.prompts) if model.conditional else (None, None)
+    return ImageSet(name, asked.n, spool.load, labels, prompts, kind, model=model)
 
 
 def _prepared(model: "Model", prepare: Preparation | None, items: Sequence[int]) -> tuple[Tensor, dict[int, str]]:
@@ -96,10 +97,12 @@ class Model(Maker):
 
     Attributes:
         image_shape: ``(C, H, W)`` of an image as the pipeline makes it.
+        conditional: whether it is told labels or prompts at all.
     """
 
     pipe: Any
     image_shape: tuple[int, int, int]
+    conditional = True
 
     def __init__(self, asked: Asked, seed: int):
         self.asked, self.seed = asked, seed
@@ -151,14 +154,14 @@ class _Denoising(Model):
             raise ValueError(
                 f"{network} takes prompts, and {asked.of} has {has}; accepted are prompts, or labels with class_names"
             )
-        conditional = takes_prompts or _num_classes(pipe.network) > 0
-        if conditional and not takes_prompts and asked.labels is None:
+        self.conditional = takes_prompts or _num_classes(pipe.network) > 0
+        if self.conditional and not takes_prompts and asked.labels is None:
             raise ValueError(f"{network} takes class labels, and {asked.of} has none")
         # Only what a model takes is told to it; a reference may well know more.
         if takes_prompts:
             self._values: Sequence[Any] = list(asked.prompts or ())
             _, self._given = _asked(pipe, self._values, ())
-        elif conditional:
+        elif self.conditional:
             self._values = asked.labels.tolist()  # type: ignore[union-attr]
             _, self._given = _asked(pipe, (), [str(label) for label in sorted(set(self._values))])
         else:

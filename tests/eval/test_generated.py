@@ -16,9 +16,10 @@ from genkit.eval.run import evaluate
 from genkit.guidance import CFG
 from genkit.networks.dit import DiT
 from genkit.networks.gpt import GPT
-from genkit.pipelines import ClassConditionalPipeline, TextToImagePipeline
+from genkit.pipelines import ClassConditionalPipeline, FewStepPipeline, TextToImagePipeline
 from genkit.pipelines.autoregressive import AutoregressivePipeline
 from genkit.rng import ItemRNG
+from genkit.schedulers import FlowMapScheduler
 
 
 @pytest.fixture(scope="module")
@@ -226,3 +227,43 @@ def test_a_nan_is_left_out_and_named(pipe, real, monkeypatch):
     assert any(f"{sevens} of 20 images" in note and "is NaN" in note for note in result.notes)
     with pytest.raises(ValueError, match="is NaN"):
         evaluate(real, generated_images(pipe, matched(real, 20), num_inference_steps=1), strict=True, quiet=True)
+
+
+@pytest.mark.parametrize("name", ["sdxl", "sd3", "flux"])
+def test_the_size_of_images_is_known_before_they_are_made(name, tiny_pipeline):
+    small = dict(height=32, width=48) | (dict(max_sequence_length=8) if name != "sdxl" else {})
+    images = generated_images(tiny_pipeline(name), ["a cat"], num_inference_steps=1, arguments=small)
+    assert everything(images).shape == (1, 3, 32, 48) and images.kind == "uint8 RGB 48x32"
+    assert images.model.made_with["height"] == 32
+
+
+def flow_map(**settings):
+    torch.manual_seed(0)
+    net = DiT(hidden_size=16, num_layers=1, num_heads=2, patch_size=4, **settings)
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    return FewStepPipeline(scheduler=FlowMapScheduler(), transformer=net.eval())
+
+
+def test_a_flow_map_of_few_steps():
+    pipe = flow_map(scalars={"guidance_scale": 2.0})
+    images = generated_images(pipe, [3, 4, 5], num_inference_steps=2, arguments={"guidance_scale": 3.0}, batch_size=2)
+    made = everything(images)
+    one = pipe(class_labels=[5], num_inference_steps=2, guidance_scale=3.0, latents=ItemRNG(0, [2]).normal((1, 8, 8)))
+    assert numpy.array_equal(made[2, 0].numpy(), numpy.asarray(one.images[0]))
+    assert images.model.network_calls() == 2 and images.model.made_with["guidance_scale"] == 3.0
+    other = everything(generated_images(pipe, [3, 4, 5], num_inference_steps=2))
+    assert not torch.equal(other, made)
+    with pytest.warns(UserWarning, match="rank deficient"):
+        result = evaluate("digits", images, metrics=["frechet", "straightness:num_samples=4,num_steps=2"], quiet=True)
+    assert result.nfe == 2 and result.values["straightness"] > 0
+
+
+def test_an_unconditional_network():
+    images = generated_images(flow_map(num_classes=0), 3, num_inference_steps=1)
+    assert everything(images).shape == (3, 1, 8, 8) and images.labels is None and images.prompts is None
+    with pytest.raises(ValueError, match="asked=0: must be at least 1 image"):
+        generated_images(flow_map(num_classes=0), 0)
+    # A reference may know labels that such a network is not told; the images are then still not of them.
+    asked = matched(read_images("digits"), 4)
+    assert generated_images(flow_map(num_classes=0), asked, num_inference_steps=1).labels is None
