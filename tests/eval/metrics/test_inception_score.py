@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from genkit.eval.metrics.inception_score import inception_score
+from genkit.rng import hash_seed
 
 
 def normal(n, d, seed=0):
@@ -43,6 +44,28 @@ def test_against_torchmetrics():
     their = module.InceptionScore(feature=torch.nn.Identity(), splits=1)
     their.features.append(logits)
     assert inception_score(logits, splits=1).mean == pytest.approx(float(their.compute()[0]), rel=1e-10)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("n, theirs_of_sure", [(200, 20), (21, 3)])
+def test_where_torchmetrics_differs(n, theirs_of_sure, monkeypatch):
+    """In the order of one shuffle: its deviation divides by one split less, and of 21 rows it makes 7 splits."""
+    module = pytest.importorskip("torchmetrics.image.inception")
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(hash_seed(0)))
+    monkeypatch.setattr(module.torch, "randperm", lambda *a, **k: order)
+
+    def theirs(logits):
+        metric = module.InceptionScore(feature=torch.nn.Identity(), splits=10)
+        metric.features.append(logits)
+        return [float(value) for value in metric.compute()]
+
+    logits = 3 * normal(n, 12)
+    mean, std = theirs(logits)
+    ours = inception_score(logits)
+    assert (ours.mean == pytest.approx(mean, rel=1e-10)) is (n % 10 == 0)
+    if n % 10 == 0:
+        assert ours.std * (10 / 9) ** 0.5 == pytest.approx(std, rel=1e-10)
+    assert theirs(100 * torch.eye(n, dtype=torch.float64))[0] == pytest.approx(theirs_of_sure, rel=1e-10)
 
 
 def test_the_shuffle_is_private_and_seeded():

@@ -96,6 +96,18 @@ def test_ssim_by_definition():
     torch.testing.assert_close(ssim(x, x, data_range=1), torch.ones(2, dtype=torch.float64), rtol=1e-12, atol=0)
 
 
+def test_a_range_twice_too_wide_inflates_ssim():
+    """As published by codes that give data_range=2 for images on [0, 1]: a blurred image of a 1/f spectrum."""
+    g = torch.Generator().manual_seed(0)
+    frequency = torch.fft.fftfreq(64)[:, None] ** 2 + torch.fft.rfftfreq(64) ** 2
+    spectrum = torch.fft.rfft2(torch.randn(64, 64, generator=g)) / frequency.clamp(min=1e-4).sqrt()
+    x = torch.fft.irfft2(spectrum)[None, None]
+    x = (x - x.min()) / (x.max() - x.min())
+    y = torch.nn.functional.avg_pool2d(x, 5, 1, 2, count_include_pad=False)
+    assert ssim(x, y, data_range=2) > ssim(x, y, data_range=1) + 0.1
+    torch.testing.assert_close(ssim(x, y, data_range=2), ssim(x / 2, y / 2, data_range=1))
+
+
 def test_ssim_of_constants():
     x, y = torch.full((1, 3, 11, 11), 0.2), torch.full((1, 3, 11, 11), 0.6)
     assert float(ssim(x, y, data_range=1)) == pytest.approx((0.24 + 1e-4) / (0.04 + 0.36 + 1e-4), rel=1e-6)

@@ -121,6 +121,45 @@ def test_clip_score_as_its_paper_has_it(tmp_path):
         RewardMetric("clip_score", {"model": clip, "convention": "torchmetrics"})
 
 
+class _Torchmetrics4(torch.nn.Module):
+    """A CLIP whose features are tensors, as with transformers 4, for which torchmetrics 1.9 was written."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.config = model, model.config
+
+    def get_image_features(self, pixels):
+        found = self.model.get_image_features(pixels)
+        return found if isinstance(found, torch.Tensor) else found.pooler_output
+
+    def get_text_features(self, ids, mask):
+        found = self.model.get_text_features(ids, mask)
+        return found if isinstance(found, torch.Tensor) else found.pooler_output
+
+
+@pytest.mark.parametrize("below", [False, True])
+def test_clip_score_against_torchmetrics(tmp_path, below):
+    """The same mean of 100 cosines; where that is negative torchmetrics gives 0, having cut off no single one."""
+    clip_score = pytest.importorskip("torchmetrics.functional.multimodal").clip_score
+    from transformers import CLIPImageProcessor, CLIPModel, CLIPProcessor
+
+    clip = tiny.clip(tmp_path)
+    metric = RewardMetric("clip_score", {"model": clip})
+    sized = dict(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    processor = CLIPProcessor(CLIPImageProcessor(**sized), metric._reward.tokenizer)
+    model = CLIPModel.from_pretrained(clip).eval()
+    images, texts = (torch.rand(4, 3, 32, 32) * 255).byte(), ["a red cat", "hen", "two dogs", "a"]
+    cosines = metric.every(None, feature_set(replace(read_images(images), prompts=texts)))["clip_score"]
+    if bool(cosines.mean() < 0) is not below:
+        for one in (model, metric._reward.model):
+            one.visual_projection.weight.data.neg_()
+    mean = metric(None, feature_set(replace(read_images(images), prompts=texts)))["clip_score"]
+    assert (mean < 0) is below
+    with torch.no_grad():
+        theirs = clip_score(images, texts, model_name_or_path=lambda: (_Torchmetrics4(model), processor))
+    assert float(theirs) == pytest.approx(max(mean, 0), rel=1e-4, abs=1e-4)
+
+
 def feature_set(images):
     return FeatureSet(FeatureStats(0), images=images, prompts=images.prompts)
 
