@@ -59,6 +59,13 @@ CHOICES = dict(data=FAKES["data"] | dict(fields={"lose": dict(shape=(1, 8, 8))})
 VERDICTS = dict(data=FAKES["data"] | dict(fields={"score": dict(high=2)}))
 TOKENS = dict(network="gpt", hidden_size=16, num_layers=1, num_heads=2, dropout=0.0)
 
+
+def small_tokenizer(**quantizer) -> dict[str, Any]:
+    """Digits as 4 x 4 tokens."""
+    sizes = dict(in_channels=1, out_channels=1, sample_size=8, block_out_channels=[8, 16], layers_per_block=1)
+    return dict(network="tokenizer", latent_channels=8, norm_num_groups=4, quantizer=quantizer, **sizes)
+
+
 # A generator that hardly moves, so that what follows it can be seen to.
 STILL = dict(optimizer=dict(name="AdamW", lr=1e-5))
 
@@ -249,6 +256,50 @@ READY: dict[str, list[Case]] = {
     "refl": [
         Case(threes(), falls=("loss", 0.7), paths=(), run=ASKED),
         Case(threes(first=1, last=2, recompute=True), falls=("loss", 0.7), paths=(), run=ASKED),
+    ],
+    "tokenizer": [
+        Case(
+            dict(perceptual=dict(kind="laplacian", weight=0.1)),
+            falls=("reconstruction", 0.6),
+            run=dict(model=small_tokenizer(kind="fvq", codebook_size=64, dim=8, width=16)),
+        ),
+        # Codes that are averages; a discriminator that begins within the run, weighed anew in every batch.
+        Case(
+            dict(
+                pixel_loss="l1",
+                adversarial=dict(
+                    weight=0.1,
+                    start=2,
+                    adaptive=True,
+                    lecam_weight=0.05,
+                    discriminator=dict(kind="patch", num_filters=4, num_layers=1, norm="group"),
+                    augment=["color", "translation", "cutout"],
+                ),
+            ),
+            falls=("reconstruction/generator", 0.8),
+            run=dict(
+                model=small_tokenizer(
+                    kind="vq", codebook_size=32, dim=4, rule="ema", kmeans_init=True, restart_threshold=0.5
+                )
+            ),
+        ),
+        # Several quantizers, each of which learns in its own way; batch norm.
+        Case(
+            dict(
+                adversarial=dict(
+                    loss="non_saturating",
+                    discriminator=dict(kind="patch", num_filters=4, num_layers=1),
+                    optimizer=dict(lr=1e-3),
+                )
+            ),
+            falls=("reconstruction/generator", 0.8),
+            run=dict(
+                model=small_tokenizer(
+                    kind="residual", dim=4, depth=2, quantizer=dict(kind="simvq", codebook_size=32, freeze=True)
+                ),
+                gradient_accumulation_steps=2,
+            ),
+        ),
     ],
     "so_flow": [
         Case(dict(guidance_scale=2.0, guidance_mix=0.5), falls=("diagonal", 0.9), learns=ANEW),
