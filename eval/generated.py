@@ -17,12 +17,15 @@ from genkit.eval.on_demand import Spool, evaluating
 from genkit.eval.preparation import Crop, Preparation, preparation
 from genkit.eval.processes import gather
 from genkit.guidance.base import Guider
-from genkit.pipelines.autoregressive import AutoregressivePipeline
+from genkit.latents import compression
 from genkit.pipelines.base import DenoiserPipeline, PipelineOutput
 from genkit.pipelines.by_name import parse_guider
 from genkit.pipelines.commands import _asked, _make, _num_classes, _plain, _steps, _try, adopt
 from genkit.registry import unknown
 from genkit.rng import ItemRNG
+
+_DECIDED = {"self", "class_labels", "num_inference_steps", "num_images_per_label", "generator", "output_type"}
+_DECIDED |= {"return_dict"}
 
 
 def generated_images(
@@ -48,7 +51,7 @@ def generated_images(
 
     Args:
         pipe: of genkit, a ``ClassConditionalPipeline``, ``TextToImagePipeline``, ``FewStepPipeline`` or
-            ``AutoregressivePipeline``; or one of Diffusers whose components these take.
+            one of token networks (``AutoregressivePipeline`` ...); or one of Diffusers whose components these take.
         asked: what :func:`genkit.eval.asked.matched` or ``evenly`` gives; prompts; labels; or how many, of an
             unconditional network.
         num_inference_steps: by default the pipeline's own.
@@ -68,11 +71,10 @@ def generated_images(
     name = name or Path(pipe.config.get("_name_or_path") or type(pipe).__name__).name
     settings = dict(arguments or {})
     model: Model
-    if isinstance(pipe, AutoregressivePipeline):
-        for setting, value in {"num_inference_steps": num_inference_steps, "guider": guider}.items():
-            if value is not None:
-                raise ValueError(f"{setting}={value!r}: an autoregressive pipeline has none; it takes guidance_scale")
-        model = _Autoregressive(pipe, asked, seed, settings, name)
+    if hasattr(pipe, "student_class") and "class_labels" in inspect.signature(type(pipe).__call__).parameters:
+        if guider is not None:
+            raise ValueError(f"guider={guider!r}: a {type(pipe).__name__} takes none, but arguments: guidance_scale")
+        model = _ByStudent(pipe, asked, seed, settings, name, num_inference_steps)
     else:
         rule = parse_guider(guider) if isinstance(guider, str) else guider
         model = _Denoising(adopt(pipe), asked, seed, settings, name, num_inference_steps, rule)
@@ -204,21 +206,35 @@ def _settings(guider: Guider) -> dict[str, Any]:
     return {k: v for k, v in settings.items() if k == "guidance_scale" or v != default[k].default}
 
 
-class _Autoregressive(Model):
-    def __init__(self, pipe: AutoregressivePipeline, asked: Asked, seed: int, arguments: dict[str, Any], name: str):
+class _ByStudent(Model):
+    """Of networks that make samples in their own way, such as token after token (``genkit.students``)."""
+
+    def __init__(
+        self, pipe: Any, asked: Asked, seed: int, arguments: dict[str, Any], name: str, num_inference_steps: int | None
+    ):
         super().__init__(asked, seed)
+        student = pipe.student_class.of_pipeline(pipe)
+        network, count = type(student.network).__name__, student.num_classes
+        call = inspect.signature(type(pipe).__call__).parameters
         for setting in arguments:
-            if setting != "guidance_scale":
-                raise ValueError(unknown("arguments: setting", setting, ["guidance_scale"]))
-        if asked.labels is None:
-            raise ValueError(f"{type(pipe.transformer).__name__} takes class labels, and {asked.of} has none")
-        count = pipe.transformer.config.num_classes
-        if not 0 <= int(asked.labels.min()) <= int(asked.labels.max()) < count:
-            span = f"{int(asked.labels.min())} to {int(asked.labels.max())}"
-            raise ValueError(f"class_labels: {asked.of} has {span}; accepted are 0 to {count - 1}")
-        self.pipe, self._arguments = pipe, arguments
-        self.image_shape = (1, pipe.transformer.config.sample_size, pipe.transformer.config.sample_size)
+            if setting not in call.keys() - _DECIDED:
+                raise ValueError(unknown("arguments: setting", setting, call.keys() - _DECIDED))
         self.made_with = {"model": name, "seed": seed, **arguments}
+        if "num_inference_steps" in call:
+            steps = call["num_inference_steps"].default if num_inference_steps is None else num_inference_steps
+            self.made_with["steps"] = arguments["num_inference_steps"] = steps
+        elif num_inference_steps is not None:
+            raise ValueError(f"num_inference_steps={num_inference_steps}: a {type(pipe).__name__} takes none")
+        if asked.labels is None:
+            raise ValueError(f"{network} takes class labels, and {asked.of} has none")
+        least, most = int(asked.labels.min()), int(asked.labels.max())
+        if not 0 <= least <= most < count:
+            raise ValueError(f"class_labels: {asked.of} has {least} to {most}; accepted are 0 to {count - 1}")
+        vae = pipe.components.get("vae")
+        c, h, w = student.shape
+        factor = compression(vae)
+        self.image_shape = (c if vae is None else vae.config.out_channels, h * factor, w * factor)
+        self.pipe, self._arguments = pipe, arguments
 
     def _call(self, items: Sequence[int]) -> PipelineOutput:
         assert self.asked.labels is not None

@@ -14,6 +14,7 @@ from genkit._files import first_line
 from genkit.eval.inputs import ImageSet, Maker, UnreadableImage, uint8_kind
 from genkit.eval.on_demand import Spool, evaluating
 from genkit.latents import compression
+from genkit.networks.tokenizer import ImageTokenizer
 
 
 def reconstructed_images(
@@ -30,8 +31,8 @@ def reconstructed_images(
     darkens. Of a distribution of latents the mode is decoded, so nothing is random.
 
     Args:
-        autoencoder: of Diffusers (``AutoencoderKL``, ``VQModel``, ``AutoencoderTiny``, ``AutoencoderDC`` ...), or any
-            function of float ``(B, C, H, W)`` in [-1, 1].
+        autoencoder: of Diffusers (``AutoencoderKL``, ``VQModel``, ``AutoencoderTiny``, ``AutoencoderDC`` ...), a
+            :class:`genkit.networks.tokenizer.ImageTokenizer`, or any function of float ``(B, C, H, W)`` in [-1, 1].
         name: what results call it; by default its folder or class.
         folder: where the temporary file goes.
 
@@ -44,7 +45,7 @@ def reconstructed_images(
         takes, factor = config.get("in_channels", c), compression(autoencoder)
         if takes != c:
             raise ValueError(f"{type(autoencoder).__name__} takes images of {takes} channels, {images.name} has {c}")
-        if h % factor or w % factor:
+        if (h % factor or w % factor) and config.get("pad_mode") is None:  # tokenizers pad
             raise ValueError(
                 f"{type(autoencoder).__name__} takes multiples of {factor} pixels, {images.name} is {w}x{h}; "
                 "size and crop change that"
@@ -67,22 +68,21 @@ def reconstructed_images(
 
 
 def load_autoencoder(folder: str | Path) -> nn.Module:
-    """An autoencoder of Diffusers from its folder, or from that of a pipeline that has one; or from the Hub by name.
+    """An autoencoder of Diffusers, or a tokenizer, from its folder or that of a pipeline that has it; or from the Hub.
 
     Raises:
         FileNotFoundError: there is none.
         ValueError: a network that does not encode and decode.
     """
     path = Path(folder)
-    local = [path / "config.json", path / "vae" / "config.json"]
-    if not any(config.is_file() for config in local) and (
-        path.exists() or not re.fullmatch(r"[\w-]+/[\w.-]+", str(folder))
-    ):
-        raise FileNotFoundError(f"{folder}: no config.json and no vae/config.json: no autoencoder of Diffusers")
-    subfolder = None if local[0].is_file() or not local[1].is_file() else "vae"
+    subfolder = next((name for name in ("", "vae", "vqvae") if (path / name / "config.json").is_file()), None)
+    if subfolder is None and (path.exists() or not re.fullmatch(r"[\w-]+/[\w.-]+", str(folder))):
+        raise FileNotFoundError(f"{folder}: no config.json, nor one in vae/ or vqvae/: no autoencoder")
     try:
+        config = {} if subfolder is None else json.loads((path / subfolder / "config.json").read_text())
+        cls = ImageTokenizer if config.get("_class_name") == ImageTokenizer.__name__ else AutoModel
         with torch.random.fork_rng(devices=[]):  # networks draw their first weights before they are given those there
-            autoencoder = AutoModel.from_pretrained(str(folder), subfolder=subfolder)
+            autoencoder = cls.from_pretrained(str(folder), subfolder=subfolder or None)
     except (OSError, ValueError, json.JSONDecodeError) as error:
         raise ValueError(f"{folder}: not a network of Diffusers that can be read: {first_line(error)}") from error
     if not (hasattr(autoencoder, "encode") and hasattr(autoencoder, "decode")):
@@ -129,6 +129,8 @@ class Reconstruction(Maker):
         if isinstance(self.autoencoder, nn.Module):
             like = next(self.autoencoder.parameters(), x)
             x = x.to(like.device, like.dtype)
+        if isinstance(self.autoencoder, ImageTokenizer):
+            return self.autoencoder(x).sample
         if not hasattr(self.autoencoder, "encode"):
             return self.autoencoder(x)
         encoded = self.autoencoder.encode(x)

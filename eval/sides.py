@@ -16,11 +16,10 @@ from genkit.eval.metrics.base import FeatureSet
 from genkit.eval.preparation import Crop
 from genkit.eval.reconstructed import load_autoencoder, reconstructed_images
 from genkit.eval.statistics import FeatureStats, is_statistics
-from genkit.pipelines.autoregressive import AutoregressivePipeline
 from genkit.pipelines.base import DenoiserPipeline
 from genkit.pipelines.by_name import parse_scheduler, parse_settings
 from genkit.pipelines.commands import DTYPES, _lines, _num_classes, load_pipeline
-from genkit.registry import unknown
+from genkit.registry import members, unknown
 
 PIPELINE, RECONSTRUCTED = "pipeline:", "reconstructed:"
 Side = str | Path | ImageSet | FeatureSet | FeatureStats
@@ -121,11 +120,14 @@ def open_sides(
 def _pipeline(folder: str, chosen: Generation, device: torch.device | str) -> DiffusionPipeline:
     index = Path(folder) / "model_index.json"
     dtype = DTYPES[chosen.dtype or "float32"]
-    if index.is_file() and json.loads(index.read_text())["_class_name"] == AutoregressivePipeline.__name__:
+    name = json.loads(index.read_text())["_class_name"] if index.is_file() else None
+    known = members("genkit.pipelines", DiffusionPipeline)
+    cls: Any = next((cls for cls in known.values() if cls.__name__ == name and hasattr(cls, "student_class")), None)
+    if cls is not None:
         if chosen.scheduler is not None:
-            raise ValueError(f"scheduler={chosen.scheduler!r}: an autoregressive pipeline has none")
+            raise ValueError(f"scheduler={chosen.scheduler!r}: a {cls.__name__} has none")
         with torch.random.fork_rng(devices=[]):
-            return AutoregressivePipeline.from_pretrained(folder, dtype=dtype).to(device)
+            return cls.from_pretrained(folder, dtype=dtype).to(device)
     pipe = load_pipeline(folder, dtype=dtype)
     if chosen.scheduler is not None:
         pipe.register_modules(scheduler=parse_scheduler(chosen.scheduler, pipe.scheduler))
@@ -136,8 +138,10 @@ def _asked(
     pipe: DiffusionPipeline, real: Side, n: int | None, chosen: Generation
 ) -> Asked | list[str] | list[int] | int:
     takes_prompts = isinstance(pipe, DenoiserPipeline) and pipe.classic is not None
-    network = pipe.network if isinstance(pipe, DenoiserPipeline) else pipe.transformer  # type: ignore[attr-defined]
-    classes = 0 if takes_prompts else _num_classes(network)
+    if isinstance(pipe, DenoiserPipeline):
+        network, classes = pipe.network, 0 if takes_prompts else _num_classes(pipe.network)
+    else:
+        network, classes = pipe.transformer, pipe.transformer.config.num_classes  # type: ignore[attr-defined]
     if not takes_prompts:
         for setting in ("class_names", "template"):
             if (value := getattr(chosen, setting)) is not None:

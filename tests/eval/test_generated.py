@@ -203,6 +203,7 @@ def test_autoregressive():
     assert torch.equal(again.load(torch.tensor([2])), made[2:])
     for asked, settings, match in (
         ([1], {"num_inference_steps": 3}, "num_inference_steps=3"),
+        ([1], {"guider": "cfg"}, "guider='cfg': a AutoregressivePipeline takes none"),
         ([1], {"arguments": {"steps": 3}}, "steps"),
         ([10], {}, "10 to 10; accepted are 0 to 9"),
         (["a"], {}, "takes class labels"),

@@ -12,6 +12,8 @@ from genkit.eval.inputs import UnreadableImage, read_images, to_uint8
 from genkit.eval.metrics.frechet import frechet_distance
 from genkit.eval.reconstructed import load_autoencoder, reconstructed_images
 from genkit.eval.run import evaluate, measure
+from genkit.networks.tokenizer import ImageTokenizer
+from genkit.pipelines.tokenizer import TokenizerPipeline
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*rank deficient")
 
@@ -158,7 +160,7 @@ def test_from_folders(vae, tiny_pipeline, tmp_path):
     assert type(first) is type(second) is type(vae)
     back = reconstructed_images(first, colours())
     assert back.name == "tensor reconstructed by vae_alone"
-    with pytest.raises(FileNotFoundError, match="no autoencoder of Diffusers"):
+    with pytest.raises(FileNotFoundError, match="no autoencoder"):
         load_autoencoder(tmp_path)
     tiny_pipeline("sd15").unet.save_pretrained(tmp_path / "unet")
     with pytest.raises(ValueError, match="is a UNet2DConditionModel, which does not encode and decode"):
@@ -167,3 +169,16 @@ def test_from_folders(vae, tiny_pipeline, tmp_path):
     (tmp_path / "odd" / "config.json").write_text(json.dumps({"_class_name": "Nothing"}))
     with pytest.raises(ValueError, match="odd: not a network of Diffusers"):
         load_autoencoder(tmp_path / "odd")
+
+
+def test_a_tokenizer(tmp_path):
+    torch.manual_seed(0)
+    small = dict(block_out_channels=(8, 8), norm_num_groups=4, layers_per_block=1, latent_channels=4)
+    tokenizer = ImageTokenizer({"kind": "vq", "dim": 4, "codebook_size": 16}, in_channels=1, out_channels=1, **small)
+    TokenizerPipeline(tokenizer.eval()).save_pretrained(tmp_path)
+    digits = read_images("digits").subset(torch.arange(5))
+    images = read_images((everything(digits)[:, :, :7], digits.labels))  # 8 x 7: it pads, and cuts what it decodes
+    made = everything(reconstructed_images(load_autoencoder(tmp_path), images))
+    with torch.no_grad():
+        assert torch.equal(made, to_uint8(tokenizer(everything(images).float() / 127.5 - 1).sample))
+    assert made.shape == (5, 1, 7, 8)
