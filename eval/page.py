@@ -56,7 +56,7 @@ def sections(made: Comparison, command: str) -> list[Section]:
     for name, blocks in (
         ("Images", first_blocks(made.runs)),
         ("Worst and best", extreme_blocks(made.runs)),
-        ("Classes", class_blocks(made.runs, made.head)),
+        ("Classes", class_blocks(made.runs)),
     ):
         if blocks:
             found.append(Section(name, blocks))

@@ -1,6 +1,6 @@
 """What a page shows of images: the first ones side by side, the worst and the best, and values by class."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from genkit.eval.blocks import Details, Strip, Strips, short
@@ -45,17 +45,14 @@ def extreme_blocks(runs: Sequence[Run]) -> list[Block | str]:
     return blocks
 
 
-def class_blocks(runs: Sequence[Run], head: Callable[[str], str]) -> list[Block | str]:
-    """Values by class: a table of the first run, and of the others folded."""
+def class_blocks(runs: Sequence[Run]) -> list[Block | str]:
+    """Values by class: a table of the first run that has some, and of others folded."""
     shown = [run for run in runs if run.result.per_class]
-    blocks: list[Block | str] = []
-    for i, run in enumerate(shown[:RUNS]):
-        table = _classes(run)
-        if i == 0:
-            blocks += [f"{run.name}", table]
-        else:
-            blocks.append(Details(run.name, [table]))
-    return blocks
+    if not shown:
+        return []
+    rest: list[Block] = [Details(run.name, [_classes(run)]) for run in shown[1:RUNS]]
+    more: list[Block] = [Details(f"{len(rest)} more", rest)] if rest else []
+    return [f"{shown[0].name}:", _classes(shown[0]), *more, *([_of(shown).strip()] if len(shown) > RUNS else [])]
 
 
 def _classes(run: Run) -> Table:

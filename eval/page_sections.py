@@ -11,7 +11,7 @@ from genkit.eval.mmhm import METRICS
 from genkit.eval.plots import Panel, against
 from genkit.eval.report import Block, Cell, Column, ProtocolBlock, Section, Table
 from genkit.eval.result import COMPARED
-from genkit.eval.runs import Run
+from genkit.eval.runs import NO_GUIDER, Run
 
 _NAMES = {"guidance_scale": "guidance", "nfe": "calls"}
 
@@ -125,23 +125,43 @@ def mmhm(made: Comparison, ranking: Mapping[str, Any]) -> list[Block | str]:
 def plots(made: Comparison) -> list[Section]:
     """Metrics against steps and against guidance, where several of these were run."""
     names = [*(["mmhm"] if made.ranking else []), *made.metrics]
-    panels = [
-        Panel(made.head(name), made.values(name), made.better(name), [r.result.intervals.get(name) for r in made.runs])
-        for name in names
-    ]
     found: list[Section] = []
     for setting, other in (("steps", "guidance_scale"), ("guidance_scale", "steps")):
         kept = [key for key in made.settings if key not in (setting, other, "nfe")]
-        series = [", ".join(str(r.settings[key]) for key in kept if r.settings.get(key) is not None) for r in made.runs]
+        points = _points(made, kept)
+        series = [name for _, name in points]
+        panels = [_panel(made, name, [i for i, _ in points]) for name in names]
+        x = made.setting(setting)
         words = "Arrows point to the better way."
         if other in made.settings:
             words += f" Dots are all runs; a line joins the best of those that differ in {_words(other)} alone."
         if any(run.result.intervals for run in made.runs):
             words += " Bars are bootstrapped 95 % intervals."
-        drawn = against(_words(setting), made.setting(setting), series, panels, words, len(found) * len(panels))
+        drawn = against(_words(setting), [x[i] for i, _ in points], series, panels, words, len(found) * len(panels))
         if drawn is not None:
             found.append(Section(f"Against {_words(setting)}", [drawn]))
     return found
+
+
+def _points(made: Comparison, kept: list[str]) -> list[tuple[int, str]]:
+    """Runs by number, each with the line that it is on; one without guidance is on those of all guiders like it."""
+    guiders = [g for g in dict.fromkeys(run.settings.get("guider") for run in made.runs) if g not in NO_GUIDER]
+    told = [key for key in kept if key != "guider" or len(guiders) > 1]
+
+    def line(settings: Mapping[str, Any]) -> str:
+        return ", ".join(str(settings[key]) for key in told if settings.get(key) is not None)
+
+    found = []
+    for i, run in enumerate(made.runs):
+        stands_for = guiders if "guider" in kept and run.settings.get("guider") in NO_GUIDER and guiders else [None]
+        for guider in stands_for:
+            found.append((i, line(run.settings if guider is None else {**run.settings, "guider": guider})))
+    return found
+
+
+def _panel(made: Comparison, name: str, rows: list[int]) -> Panel:
+    values, intervals = made.values(name), [run.result.intervals.get(name) for run in made.runs]
+    return Panel(made.head(name), [values[i] for i in rows], made.better(name), [intervals[i] for i in rows])
 
 
 def _sentence(note: str) -> str:

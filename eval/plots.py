@@ -53,8 +53,8 @@ def _panel(
     from matplotlib.figure import Figure
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-    figure = Figure(figsize=(3.7, 2.55), layout="constrained")
-    axes = figure.subplots()
+    figure = Figure(figsize=(3.7, 2.55))
+    axes = figure.add_axes((0.15, 0.19, 0.83, 0.77))
     there: list[float] = []
     for k, name in enumerate(names):
         colour, marker = COLOURS[k % len(COLOURS)], MARKERS[k % len(MARKERS)]
@@ -68,7 +68,7 @@ def _panel(
         there += [float(panel.values[i]) for found in at.values() for i in found]  # type: ignore[arg-type]
         if several:
             dots = [(place, panel.values[i]) for place in places for i in at[place]]
-            axes.plot(*zip(*dots, strict=True), marker, color=colour, alpha=0.35, markersize=3.5, markeredgewidth=0)
+            axes.plot(*zip(*dots, strict=True), marker, color=colour, alpha=0.5, markersize=3.5, markeredgewidth=0)
         if several and panel.better is None:
             continue
         pick = min if panel.better == "lower" else max

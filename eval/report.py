@@ -255,9 +255,9 @@ def format_number(value: float, digits: int = 3) -> str:
     return f"{value:,.{max(0, digits - 1 - math.floor(math.log10(size)))}f}"
 
 
-def _breakable(name: str) -> Markup:
+def _breakable(name: Any) -> Markup:
     """A name that may continue on the next line after ``_``."""
-    return Markup("_<wbr>").join(name.split("_"))
+    return Markup("_<wbr>").join(str(name).split("_"))
 
 
 def _is_number(value: Any) -> bool:

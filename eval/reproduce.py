@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from genkit.eval.extractors.base import Extractor
 from genkit.eval.metrics.base import PACKAGE, Metric
 from genkit.eval.report import Code
-from genkit.eval.runs import Run
+from genkit.eval.runs import NO_GUIDER, Run
 from genkit.registry import members
 
+EXTRACTORS = "genkit.eval.extractors"
 _PACKAGES = {"genkit": "genkit-diffusion"}
 
 
@@ -25,21 +27,49 @@ def metric_text(name: str, settings: Mapping[str, Any]) -> str:
     return base + (":" + ",".join(changed) if changed else "")
 
 
+def extractor_text(id: str) -> str:
+    """An extractor of a protocol, by its id ``name/rule/weights``, as ``--extractor`` takes it."""
+    name, _, rest = id.partition("/")
+    known = {stem.replace("_", "-"): (stem, cls) for stem, cls in members(EXTRACTORS, Extractor).items()}  # type: ignore[type-abstract]
+    stems = [stem for stem in known if name == stem or name.startswith(stem + "-")]
+    if not stems:
+        return id
+    file, cls = known[max(stems, key=len)]
+    rule = rest.partition("/")[0]
+    for setting, parameter in inspect.signature(cls).parameters.items():
+        if setting in ("resize", "mode") and rule != parameter.default:
+            return f"{file}:{setting}={rule}"
+    return file
+
+
 def run_command(run: Run) -> str:
-    """``genkit eval run`` with what the protocol records; sources stand there by the names that it has for them."""
-    protocol = run.result.protocol
+    """``genkit eval run`` with what is recorded: models and sources by the names that it has for them."""
+    protocol, made = run.result.protocol, run.settings
     metrics = ",".join(metric_text(name, settings) for name, settings in protocol.metrics.items())
-    words = ["genkit", "eval", "run", protocol.reference or "none", protocol.generated]
-    words += ["--extractor", protocol.extractor.partition("/")[0], "--metrics", metrics]
-    if run.result.nfe is not None:
-        words += ["--nfe", f"{run.result.nfe:g}"]
-    return shlex.join([*words, "--seed", str(protocol.seed), "--device", protocol.device])
+    words = ["genkit", "eval", "run", protocol.reference or "none"]
+    seed = protocol.seed
+    if made.get("model") is not None and made.get("steps") is not None:
+        words += [f"pipeline:{made['model']}", "--steps", str(made["steps"])]
+        guider, scale = made.get("guider"), made.get("guidance_scale")
+        if guider == "embedded":
+            words += ["--set", f"guidance_scale={scale}"]
+        elif guider not in NO_GUIDER:
+            joint = "," if ":" in guider else ":"
+            words += ["--guider", guider if scale is None else f"{guider}{joint}guidance_scale={scale}"]
+        words += ["--scheduler", str(made["scheduler"])] if made.get("scheduler") is not None else []
+        words += ["--n", str(protocol.n_gen)] if protocol.n_gen is not None else []
+        seed = made.get("seed", seed)
+    else:
+        words.append(protocol.generated)
+        words += ["--nfe", f"{run.result.nfe:g}"] if run.result.nfe is not None else []
+    words += ["--extractor", extractor_text(protocol.extractor), "--metrics", metrics, "--seed", str(seed)]
+    return shlex.join([*words, "--device", protocol.device])
 
 
 def run_commands(runs: Sequence[Run]) -> list[tuple[str, Code]]:
     """What measures the runs again, under what it does."""
-    lines = [run_command(run) for run in runs]
-    return [("The evaluations", Code("\n".join(dict.fromkeys(lines))))]
+    lines = dict.fromkeys(run_command(run) for run in runs)
+    return [("Each evaluation, with the folders of its sources in place of their names", Code("\n".join(lines)))]
 
 
 def report_command(

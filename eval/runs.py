@@ -14,6 +14,7 @@ from genkit.eval.saved import RESULT, Evaluation, load_evaluation
 from genkit.eval.tables import Row, row_of
 
 CELLS = "cells"
+NO_GUIDER = (None, "none")
 # Settings that name a run where they differ, and how; others do by their own name.
 _NAMED = {
     "model": "{}", "guider": "{}", "scheduler": "{}", "steps": "{} steps", "guidance_scale": "guidance {}"
@@ -143,7 +144,7 @@ def _name(settings: dict[str, Any], varying: Sequence[str], evaluation: Evaluati
     parts = []
     for key in (*_NAMED, *(key for key in varying if key not in _NAMED and key != "nfe")):
         value = settings.get(key)
-        if key in varying and value is not None:
+        if key in varying and value is not None and not (key == "guider" and value in NO_GUIDER):
             words = _NAMED.get(key, key + " {}").format(value)
             parts.append("1 step" if words == "1 steps" else words)
     return ", ".join(parts) or str(settings.get("model") or evaluation.result.protocol.generated)

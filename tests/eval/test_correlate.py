@@ -115,7 +115,7 @@ def test_command(rows, tmp_path):
     lines = list(csv.reader((tmp_path / "o.csv").open()))
     assert lines[0] == ["spearman", *FOUR, "mmhm"] and float(lines[1][2]) == got["matrix"][0][1]
     html = (tmp_path / "o.html").read_text()
-    assert f"{got['matrix'][0][1]:+.2f}" in html and "Spearman" in html
+    assert f"{got['matrix'][0][1]:+.2f}".replace("-", "−") in html and "Spearman" in html
     quiet = CliRunner().invoke(cli.app, ["eval", "correlate", str(table), "--quiet", "--metrics", "fid,is"])
     assert quiet.exit_code == 0 and quiet.output == ""
 

@@ -1,0 +1,227 @@
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from genkit import cli
+from genkit.eval.comparison import compare
+from genkit.eval.extractors.base import get_extractor
+from genkit.eval.metrics.base import get_metric
+from genkit.eval.metrics.kid import KernelInceptionDistance
+from genkit.eval.page import main
+from genkit.eval.page_images import first_blocks
+from genkit.eval.page_sections import plots
+from genkit.eval.reproduce import extractor_text, metric_text, run_command
+from genkit.eval.result import Result
+from genkit.eval.run import evaluate
+from genkit.eval.runs import read_runs
+from genkit.eval.selection import parse_metrics, rank_rows
+from tests.eval.sweeps import MMHM, make_sweep
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*rank deficient")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_sweep(tmp_path_factory.mktemp("sweep"), models=("teacher",), steps=(1, 4, 25), n=130)
+
+
+@pytest.fixture
+def results(folder, tmp_path):
+    """The results alone, to be changed."""
+    files = []
+    for path in sorted(folder.glob("cells/*/result.json")):
+        files.append(tmp_path / f"{path.parent.name}.json")
+        shutil.copy(path, files[-1])
+    return files
+
+
+def change(path, **fields):
+    found = json.loads(path.read_text())
+    for name, value in fields.items():
+        if isinstance(value, dict):
+            found[name] |= value
+        else:
+            found[name] = value
+    path.write_text(json.dumps(found))
+
+
+def text(html):
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", "", html.replace("<wbr>", "")))
+
+
+def test_everything_is_on_the_page_and_nothing_is_fetched(folder, tmp_path):
+    html = main([folder], tmp_path / "p.html", mmhm=MMHM, quiet=True).read_text("utf-8")
+    for head in (
+        "Summary", "MMHM", "Against steps", "Against guidance", "Correlations", "Images", "Worst and best", "Classes",
+        "Notes", "Protocol", "Reproduce",
+    ):  # fmt: skip
+        assert f"<h2>{head}</h2>" in html, head
+    assert all(s.startswith(("data:image/", "#")) for s in re.findall(r'\s(?:src|href|xlink:href)="([^"]*)"', html))
+    assert not re.search(r"@import|url\((?!#)|<link|<script[^>]+src|fetch\(|XMLHttp", html)
+    told = text(html)
+    runs, _ = read_runs([folder])
+    best = rank_rows([run.row for run in runs], metrics=parse_metrics(MMHM))["rows"][0]
+    winner = runs[best["mmhm_row"] - 1].name
+    assert f"Winner by MMHM{winner}{best['mmhm']:.4g}; stays first in" in told
+    distances = {run.name: run.result.values["frechet_distance"] for run in runs}
+    assert f"frechet_distance@130 ↓{min(distances, key=distances.get)}" in told
+    assert "frechet_raw" not in told.split("Protocol")[0] and "inception_score_std" not in told
+    assert "made up" in told and get_extractor("digits").id in told and "torch==" in told
+    assert f"genkit eval report {folder} --html {tmp_path / 'p.html'} --mmhm {MMHM}" in told
+
+
+def test_the_same_twice_gives_the_same_bytes(folder, tmp_path):
+    states = torch.get_rng_state()
+    chosen = {"metrics": "recall,contrast", "mmhm": MMHM}
+    pages = [main([folder], tmp_path / "p.html", **chosen, quiet=True).read_bytes() for _ in range(2)]
+    assert pages[0] == pages[1] and torch.equal(torch.get_rng_state(), states)
+
+
+def test_names_say_what_differs(folder, results, tmp_path):
+    runs, notes = read_runs([folder])
+    steps = ("1 step", "4 steps", "25 steps")
+    assert {r.name for r in runs} == {f"{s}, guidance 1" for s in steps} | {f"cfg, {s}, guidance 3" for s in steps}
+    assert notes == [] and runs[0].settings["model"] == "teacher"
+    for path in results[:2]:
+        change(path, made_with={"model": "a/b/x", "steps": 4, "guidance_scale": 1.0, "guider": None}, nfe=None)
+    same, _ = read_runs(results[:2])
+    assert [run.name for run in same] == [f"x ({Result.load(p).protocol.generated})" for p in results[:2]]
+    change(results[1], made_with={"model": "a/c/x"})
+    assert [run.name for run in read_runs(results[:2])[0]] == ["a/b/x", "a/c/x"]
+    doubled = tmp_path / "copy.json"
+    shutil.copy(results[2], doubled)
+    names = [run.name for run in read_runs([results[2], doubled])[0]]
+    assert len(set(names)) == 2
+
+
+def test_cells_that_are_not_finished_are_counted(folder, tmp_path):
+    copy = tmp_path / "sweep"
+    shutil.copytree(folder, copy)
+    (copy / "cells" / "teacher-4-1" / "result.json").unlink()
+    runs, notes = read_runs([copy])
+    assert len(runs) == 5 and notes == [f"1 of 6 cells of {copy} are not finished"]
+    assert notes[0] in text(main([copy], tmp_path / "p.html", metrics="recall", quiet=True).read_text("utf-8"))
+
+
+def test_other_protocols_are_refused_unless_forced(results, tmp_path):
+    change(results[0], protocol={"n_gen": 50_000})
+    with pytest.raises(ValueError, match=r"different protocols cannot be compared \(n_gen: 50000, 130\); --force"):
+        main(results, tmp_path / "p.html", quiet=True)
+    assert not (tmp_path / "p.html").exists()
+    page = main(results, tmp_path / "p.html", metrics="frechet_distance", mmhm=MMHM, force=True, quiet=True)
+    html = page.read_text("utf-8")
+    told = text(html)
+    assert "Protocols differ (--force). These values may not compare. The runs differ in n_gen: 50000 / 130." in told
+    assert "6 evaluations of different protocols" in told and "What the protocols differ in." in told
+    assert "frechet_distance ↓" in told and "frechet_distance@" not in told and "--force" in told.split("Reproduce")[-1]
+
+
+def test_metrics_are_chosen(folder, tmp_path):
+    runs, _ = read_runs([folder])
+    assert compare(runs).metrics == [
+        "frechet_distance", "precision", "recall", "density", "coverage", "class_accuracy", "inception_score",
+        "contrast",
+    ]  # fmt: skip
+    made = compare(runs, metrics=["frechet_raw", "Recall"], mmhm=parse_metrics("frechet_raw:min,recall"))
+    assert made.metrics == ["frechet_raw", "recall"] and made.better("frechet_raw") == "lower"
+    with pytest.raises(ValueError, match="metrics: no run has 'lpips'. There are: frechet_distance"):
+        compare(runs, metrics=["lpips"])
+    with pytest.raises(ValueError, match="missing columns: lpips"):
+        compare(runs, mmhm={"lpips": "min"})
+    unranked = compare(runs)
+    assert unranked.ranking is None and "some runs lack fid, clip_score, pick_score" in unranked.why_not
+    told = text(main([folder], tmp_path / "p.html", metrics="recall", quiet=True).read_text("utf-8"))
+    assert "There is no MMHM" in told and "Winner by MMHM" not in told
+
+
+def test_one_run_and_infinite_values(tmp_path):
+    x = torch.randint(0, 256, (9, 3, 12, 12), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    evaluate(x, x, metrics=["psnr", "ssim"], extractor="none", output=tmp_path / "e", quiet=True)
+    told = text(main([tmp_path / "e"], tmp_path / "p.html", quiet=True).read_text("utf-8"))
+    assert "psnr ↑" in told and "inf" in told and "∞" in told and "Winner" not in told and "Correlations" not in told
+
+
+def test_lines_join_the_best_and_those_without_guidance(folder):
+    runs, _ = read_runs([folder])
+    made = compare(runs, metrics=["frechet_distance", "contrast"])
+    steps, guidance = plots(made)
+    assert [d.title for d in steps.blocks[0].items] == ["frechet_distance@130 ↓", "contrast"]
+    axes = guidance.blocks[0].items[0].figure.axes[0]
+    (line,) = [line for line in axes.lines if line.get_linestyle() == "-"]  # one guider, with the runs of scale 1
+    for x, y in zip(*line.get_data(), strict=True):
+        there = [r.result.values["frechet_distance"] for r in runs if r.settings["guidance_scale"] == x]
+        assert len(there) == 3 and y == min(there)
+    assert [line.get_linestyle() for line in steps.blocks[0].items[1].figure.axes[0].lines] == ["None"]
+    assert plots(compare(runs[:1])) == []
+
+
+def test_images_are_the_first_of_each_and_folded_beyond_eight(folder):
+    runs, _ = read_runs([folder])
+    (strips,) = first_blocks(runs)
+    assert len(strips.rows) == 6 and len(strips.parts) == 1
+    labels = runs[0].evaluation.labels
+    assert list(strips.heads) == [f"#{i + 1} · {labels[i]}" for i in range(10)]
+    assert torch.equal(strips.rows[3].images, runs[3].evaluation.images["first"][:10])
+    many = first_blocks(runs * 2)[0]
+    assert [len(part) for part in many.parts] == [8, 4]
+    assert first_blocks([]) == []
+
+
+def test_commands_measure_the_same_again(folder):
+    runs, _ = read_runs([folder])
+    command = run_command(next(r for r in runs if r.settings["guider"] == "cfg" and r.settings["steps"] == 4))
+    assert command == (
+        "genkit eval run digits pipeline:teacher --steps 4 --guider cfg:guidance_scale=3 --n 130 --extractor digits "
+        "--metrics frechet,prdc,accuracy,inception_score,contrast --seed 0 --device cpu"
+    )
+    for metric in (KernelInceptionDistance(subsets=3, subset_size=20), get_metric("prdc"), get_metric("realism:k=5")):
+        assert get_metric(metric_text(metric.name, metric.settings)).settings == metric.settings
+    assert metric_text("prdc", get_metric("prdc").settings) == "prdc"
+    assert get_extractor(extractor_text(get_extractor("digits").id)).id == get_extractor("digits").id
+    assert extractor_text("inception/clean/abc") == "inception:resize=clean"
+    assert extractor_text("clean-fid-0.1.35/legacy_pytorch/abc") == "clean_fid:mode=legacy_pytorch"
+    assert extractor_text("my own") == "my own"
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["absent"], "absent: no such file or folder"),
+        (["."], "accepted are the folder of an evaluation"),
+        (["bad.json"], "bad.json: not a result of an evaluation"),
+        (["list.json"], "list.json: not a result of an evaluation"),
+        (["empty"], "empty: a sweep of which no cell is finished"),
+        (["good.json", "good.json"], "good.json: named twice"),
+        (["good.json", "--mmhm", "sharpness"], "expected NAME:min or NAME:max"),
+        (["good.json", "--metrics", "fid"], "no run has 'fid'"),
+        (["good.json", "--html", "no/p.html"], "does not exist"),
+        (["good.json", "--html", "good.json"], "would overwrite"),
+    ],
+)
+def test_bad_arguments(arguments, message, results, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.json").write_text('{"values": {"fid": 1}}')
+    (tmp_path / "list.json").write_text("[1")
+    (tmp_path / "empty" / "cells" / "a").mkdir(parents=True)
+    shutil.copy(results[0], "good.json")
+    html = [] if "--html" in arguments else ["--html", "p.html"]
+    out = CliRunner().invoke(cli.app, ["eval", "report", *arguments, *html])
+    assert out.exit_code != 0 and message in str(out.exception), out.exception
+    assert not (tmp_path / "p.html").exists()
+
+
+def test_command(folder, tmp_path):
+    path = tmp_path / "p.html"
+    out = CliRunner().invoke(
+        cli.app, ["eval", "report", str(folder), "--html", str(path), "--metrics", "recall", "--title", "Mine"]
+    )
+    assert out.exit_code == 0 and str(path) in out.output.replace("\n", "")
+    assert "<h1>Mine</h1>" in path.read_text("utf-8")
+    quiet = CliRunner().invoke(
+        cli.app, ["eval", "report", str(folder / "cells" / "teacher-4-1"), "--html", str(path), "--quiet"]
+    )
+    assert quiet.exit_code == 0 and quiet.output == ""
