@@ -289,7 +289,8 @@ def _print(found: Explanation) -> None:
         x, y = found.values
         lines.append(f"{x:g} - {y:g} = {x - y:+.4g} could be:")
         lines += [
-            f"  {pair.first} against {pair.second}: {pair.explained:+.4g}, unexplained {pair.unexplained:+.4g}"
+            f"  {pair.first} against {pair.second}: {pair.explained:+.4g}, unexplained {pair.unexplained:+.4g} "
+            f"({abs(_percent(pair.unexplained, x - y)):.0f} %)"
             for pair in found.pairs[:3]
         ]
         lines.append("These sets are not those of the two numbers: take it for a suspicion.")

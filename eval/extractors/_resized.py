@@ -35,8 +35,7 @@ class ResizedExtractor(Extractor):
         self._take(resize)
 
     def _take(self, resize: str) -> None:
-        if resize not in RULES:
-            raise ValueError(unknown("resize", resize, RULES))
+        check_rule(resize)
         self.resize = resize
         self.id = f"{self._name}/{resize}/{self._weights}"
         self.distance = self._distance if resize == self.usual else f"{self._distance}[{resize}]"
@@ -64,6 +63,12 @@ class ResizedExtractor(Extractor):
     @abstractmethod
     def see(self, pixels: Tensor) -> Features:
         """Float ``(B, 3, size, size)`` on 0..255 to features."""
+
+
+def check_rule(resize: str) -> None:
+    """Raise ``ValueError`` for a rule that there is not: called before networks are read."""
+    if resize not in RULES:
+        raise ValueError(unknown("resize", resize, RULES))
 
 
 def as_rgb(images: Tensor, extractor: str) -> Tensor:

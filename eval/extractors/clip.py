@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from genkit.eval.extractors import _hub
-from genkit.eval.extractors._resized import ResizedExtractor, state_hash
+from genkit.eval.extractors._resized import ResizedExtractor, check_rule, state_hash
 from genkit.eval.extractors.base import Features
 from genkit.networks.image_classifiers import CLIP_MEAN, CLIP_STD
 from genkit.rewards._preprocessing import normalised
@@ -36,6 +36,7 @@ class CLIPExtractor(ResizedExtractor):
     def __init__(self, model: str = "openai/clip-vit-large-patch14-336", resize: str = "pil", download: bool = False):
         from transformers import CLIPModel
 
+        check_rule(resize)
         network = _hub.load(CLIPModel, model, download)
         vision = network.config.vision_config
         del network.text_model, network.text_projection

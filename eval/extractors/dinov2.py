@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from genkit.eval.extractors import _hub
-from genkit.eval.extractors._resized import ResizedExtractor, state_hash
+from genkit.eval.extractors._resized import ResizedExtractor, check_rule, state_hash
 from genkit.eval.extractors.base import Features
 from genkit.rewards._preprocessing import normalised
 
@@ -38,6 +38,7 @@ class DINOv2Extractor(ResizedExtractor):
     def __init__(self, model: str = "facebook/dinov2-large", resize: str = "bicubic", download: bool = False):
         from transformers import Dinov2Model
 
+        check_rule(resize)
         network = _hub.load(Dinov2Model, model, download)
         config = network.config
         digest = state_hash(network.state_dict())

@@ -7,7 +7,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from genkit._files import load_into
-from genkit.eval.extractors._resized import ResizedExtractor
+from genkit.eval.extractors._resized import ResizedExtractor, check_rule
 from genkit.eval.extractors.base import Features, file_hash
 from genkit.networks.inception import Inception2015
 from genkit.rewards._loading import read_weights
@@ -42,6 +42,7 @@ class InceptionExtractor(ResizedExtractor):
     num_classes = Inception2015.num_classes
 
     def __init__(self, weights: str | Path | None = None, resize: str = "tf1"):
+        check_rule(resize)
         file = _found(weights)
         digest = file_hash(file)
         super().__init__(

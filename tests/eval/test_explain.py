@@ -153,7 +153,10 @@ def test_command(files, tmp_path, monkeypatch):
     options = ["--rules", "tf1,clean", "--values", "3.5,3", "--json", str(tmp_path / "out.json")]
     outcome = CliRunner().invoke(cli.app, ["eval", "doctor", *files, *options], catch_exceptions=False)
     assert outcome.exit_code == 0
-    assert all(text in outcome.output for text in ("fid: b.npz against a.npz", "tf1", "clean", "3.5 - 3", "suspicion"))
+    assert all(
+        text in outcome.output
+        for text in ("fid: b.npz against a.npz", "tf1", "clean", "3.5 - 3", "unexplained", " %)", "suspicion")
+    )
     written = json.loads((tmp_path / "out.json").read_text())
     assert [row["name"] for row in written["rows"][:2]] == ["tf1", "clean"]
     monkeypatch.setattr("genkit.eval.explain.get_extractor", lambda name: StandIn("clean"))

@@ -160,6 +160,9 @@ def test_the_command_prints_the_rule(clip_folder, tmp_path, capsys):
 
 
 def test_absent_models_give_the_command():
+    for name in ("clip", "dinov2"):  # before a network is looked for
+        with pytest.raises(ValueError, match="resize='bicubik' is not known; did you mean 'bicubic'"):
+            get_extractor(f"{name}:resize=bicubik")
     with pytest.raises(ValueError, match="hf download facebook/dinov2-large\nor set download=True"):
         get_extractor("dinov2")
     with pytest.raises(ValueError, match="hf download openai/clip-vit-large-patch14-336\n"):
