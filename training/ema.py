@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class EMA:
@@ -14,11 +14,11 @@ class EMA:
     runs that are short against ``1 / (1 - d)``.
 
     Args:
-        parameters: the trained weights by name.
+        parameters: the trained weights by name, and what else is averaged like them.
         decays: each in [0, 1).
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], decays: Sequence[float]):
+    def __init__(self, parameters: Mapping[str, Tensor], decays: Sequence[float]):
         self.names = list(parameters)
         self._weights = list(parameters.values())
         self.averages = {d: [p.detach().to(torch.float32, copy=True) for p in self._weights] for d in decays}

@@ -36,7 +36,8 @@ class TrainedRole:
             config.lr_final_ratio,
             config.lr_hold_ratio,
         )
-        self.ema = EMA(self.parameters, config.ema.decays) if role.ema and config.ema.decays else None
+        averaged = self.parameters | averaged_buffers(role.module)
+        self.ema = EMA(averaged, config.ema.decays) if role.ema and config.ema.decays else None
         self.zero: Zero | None = None  # under DeepSpeed, what has taken over the optimiser
 
     def enable(self, on: bool) -> None:
@@ -146,6 +147,20 @@ def own_buffers(objective: Objective) -> dict[str, Tensor]:
 def state(module: nn.Module) -> dict[str, Tensor]:
     """Every weight of ``module`` by name, and the buffers that its state holds; live tensors."""
     return {n: p.detach() for n, p in module.named_parameters()} | persistent_buffers(module)
+
+
+def averaged_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """The buffers that ``averaged_buffers`` of sub-modules name.
+
+    They are learned without a gradient, and belong with averaged weights as averages: the codes of a moving-average
+    codebook stand for what an encoder puts out, and an averaged encoder for what it put out on the average.
+    """
+    names = [
+        f"{prefix}.{name}".lstrip(".")
+        for prefix, part in module.named_modules()
+        for name in getattr(part, "averaged_buffers", ())
+    ]
+    return {name: module.get_buffer(name) for name in names}
 
 
 def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:

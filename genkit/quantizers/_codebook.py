@@ -4,12 +4,12 @@ from abc import abstractmethod
 from typing import Any
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from genkit.quantizers.base import Quantizer, QuantizerConfig
-from genkit.quantizers.entropy import entropy_loss
+from genkit.quantizers.entropy import entropy_is_read, entropy_loss
 from genkit.quantizers.estimators import VectorEstimator, through
 from genkit.quantizers.search import Measure, nearest_codes
 
@@ -30,7 +30,11 @@ class CodebookConfig(QuantizerConfig):
     entropy_weight: float = Field(default=0.0, ge=0)
     entropy_tau: float = Field(default=0.01, gt=0)
     entropy_gamma: float = Field(default=1.0, ge=0)
-    chunk_size: int = Field(default=8192, ge=1)
+    chunk_size: int = Field(default=2048, ge=1)
+
+    @model_validator(mode="after")
+    def _entropy_is_read(self):
+        return entropy_is_read(self)
 
 
 class CodebookQuantizer(Quantizer):
@@ -48,13 +52,14 @@ class CodebookQuantizer(Quantizer):
 
     def codebook(self) -> Tensor:
         with torch.autocast(self._device().type, enabled=False):
-            return self._normalised(self.table().float())
+            table = self.table()
+            return self._normalised(table.to(torch.promote_types(table.dtype, torch.float32)))
 
     def codes(self, indices: Tensor) -> Tensor:
         return F.embedding(indices, self.codebook())
 
     def quantize(self, z: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        z, table = self._normalised(z), self._normalised(self.table().to(z.dtype))
+        z, table = self._normalised(z), self.codebook().to(z.dtype)
         indices = self.search(z, table)
         q = F.embedding(indices, table)
         if not self.training:
@@ -74,6 +79,7 @@ class CodebookQuantizer(Quantizer):
         if config.codebook_weight and q.requires_grad:
             found["codebook"] = config.codebook_weight * F.mse_loss(q, z.detach())
         if config.entropy_weight:
+            table = table.clone()  # a codebook may move before the gradient computes affinities again
             found["entropy"] = config.entropy_weight * entropy_loss(
                 z,
                 lambda rows: self.affinity(rows, table),
@@ -94,8 +100,8 @@ class CodebookQuantizer(Quantizer):
         """Plain :class:`genkit.quantizers.vq.VQ` on the codes as they are now, in eval mode."""
         from genkit.quantizers.vq import VQ
 
-        shared = {name: getattr(self.config, name) for name in CodebookConfig.model_fields}
-        baked = VQ(**shared)
+        kept = ("dim", "codebook_size", "measure", "chunk_size")
+        baked = VQ(**{name: getattr(self.config, name) for name in kept})
         with torch.no_grad():
             baked.embedding = nn.Parameter(self.codebook().clone())
         return baked.eval()

@@ -40,7 +40,8 @@ class Quantizer(nn.Module, ABC):
     A subclass in its own file of ``genkit/quantizers/`` is a quantizer named like the file. It names its settings in
     ``Config`` and defines :meth:`quantize` and :meth:`codes`. Everything is computed in float32 at least, without
     autocast: in bfloat16 several percent of the indices are wrong. In eval mode ``z_q`` is the code itself,
-    ``codes_from_indices(indices)`` bit for bit.
+    ``codes_from_indices(indices)`` bit for bit (in the type of ``z``). What a codebook learns of a batch without an
+    optimiser, such as moving averages, it learns in every call in training mode.
 
     Attributes:
         codebook_size: K, how many values an index has.
@@ -62,6 +63,11 @@ class Quantizer(nn.Module, ABC):
     def dim(self) -> int:
         """D, channels of what is quantized."""
         return self.config.dim
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What :func:`genkit.quantizers.make` makes another like it of."""
+        return {"kind": type(self).__module__.rpartition(".")[2], **self.config.model_dump(exclude_unset=True)}
 
     @abstractmethod
     def quantize(self, z: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -85,7 +91,10 @@ class Quantizer(nn.Module, ABC):
         return self.codes(torch.arange(self.codebook_size, device=self._device()))
 
     def bake(self) -> "Quantizer":
-        """A quantizer of the same indices and codes without what only training needs; itself where there is no such."""
+        """A quantizer of the same indices and codes without what only training needs; itself where there is no such.
+
+        Its :attr:`settings` and its state make it anew.
+        """
         return self
 
     def forward(self, z: Tensor) -> Quantized:
@@ -121,6 +130,8 @@ class Quantizer(nn.Module, ABC):
 
     def codes_from_indices(self, indices: Tensor) -> Tensor:
         """``z_q`` of ``indices`` as :meth:`forward` gives them: ``(B, D, H, W)`` of ``(B, H, W)``, else ``(B, N, D)``.
+
+        In float32, or in float64 where the codes are, whatever was quantized.
 
         Raises:
             ValueError: another shape, another type than integers, an index out of range.

@@ -1,6 +1,7 @@
 """A loss for decisive vectors that, between them, use every code; and sums of softmaxes that do not fit into memory."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +35,14 @@ def entropy_loss(z: Tensor, affinity: Callable[[Tensor], Tensor], size: int, *, 
     own = torch.stack([entropy for entropy, _ in parts]).sum() / len(z)
     mean = average_over_processes(torch.stack([p for _, p in parts]).sum(0) / len(z))
     return own + gamma * (mean * (mean + 1e-12).log()).sum()
+
+
+def entropy_is_read(config: Any) -> Any:
+    """``config``, in which settings of the entropy loss are refused where its weight is 0."""
+    unread = [n for n in ("entropy_tau", "entropy_gamma", "batch_entropy") if n in config.model_fields_set]
+    if unread and not config.entropy_weight:
+        raise ValueError(f"{', '.join(unread)} without effect: entropy_weight is 0")
+    return config
 
 
 def by_rows(function: Callable[..., tuple[Tensor, ...]], *rows: Tensor) -> tuple[Tensor, ...]:

@@ -28,8 +28,8 @@ class FSQConfig(QuantizerConfig):
     def _levels_fit(self):
         if len(self.levels) != self.dim:
             raise ValueError(f"levels={list(self.levels)} are of {len(self.levels)} channels, dim={self.dim}")
-        if min(self.levels) < 2:
-            raise ValueError(f"levels={list(self.levels)}: expected at least 2 each")
+        if not 3 <= min(self.levels) <= max(self.levels) <= 1000:
+            raise ValueError(f"levels={list(self.levels)}: expected 3 to 1000 each (for 2 take quantizer 'lfq')")
         if "sharpness" in self.model_fields_set and self.estimator != "dgm":
             raise ValueError("sharpness is of estimator='dgm'")
         return self

@@ -75,6 +75,7 @@ class FVQ(CodebookQuantizer):
     """
 
     Config = FVQConfig
+    embedding: Tensor
 
     def __init__(self, **settings: Any):
         super().__init__(**settings)
@@ -85,7 +86,10 @@ class FVQ(CodebookQuantizer):
         start = (torch.rand(k, d, generator=generator) * 2 - 1) / k
         if config.start == "residual":  # which are the codes at first, and must not be one point
             start = torch.randn(k, d, generator=generator) / d**0.5
-        self.embedding = nn.Parameter(start, requires_grad=not config.freeze)
+        if config.freeze:
+            self.register_buffer("embedding", start)
+        else:
+            self.embedding = nn.Parameter(start)
         modulated = config.bridge == "dit"
         with torch.device("meta"):  # initial weights would be drawn from the caller's random stream
             self.compress = nn.Linear(self.group_size * d, width)

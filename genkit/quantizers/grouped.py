@@ -21,6 +21,8 @@ class GroupedConfig(QuantizerConfig):
     def _divides(self):
         if self.dim % self.groups:
             raise ValueError(f"groups={self.groups} does not divide dim={self.dim}")
+        if "dim" in self.quantizer:
+            raise ValueError("quantizer.dim is dim / groups: leave it out")
         return self
 
 
@@ -64,6 +66,8 @@ class Grouped(Quantizer):
         return torch.cat([part.codes(one) for part, one in zip(self.parts, indices.unbind(1), strict=True)], 1)  # type: ignore[operator]
 
     def bake(self) -> "Quantizer":
-        baked = type(self)(**self.config.model_dump(exclude_unset=True))
-        baked.parts = nn.ModuleList(part.bake() for part in self.parts)  # type: ignore[operator]
+        parts = [part.bake() for part in self.parts]  # type: ignore[operator]
+        inner = {name: value for name, value in parts[0].settings.items() if name not in ("dim", "seed")}
+        baked = type(self)(**{**self.config.model_dump(exclude_unset=True), "quantizer": inner})
+        baked.parts = nn.ModuleList(parts)
         return baked.eval()

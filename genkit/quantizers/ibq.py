@@ -6,7 +6,7 @@ arXiv 2412.02692.
 from typing import Any
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -28,6 +28,12 @@ class IBQConfig(CodebookConfig):
     entropy_weight: float = Field(default=0.05, ge=0)
     straight_weight: float = Field(default=1.0, ge=0)
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _no_estimator(self):
+        if "estimator" in self.model_fields_set:
+            raise ValueError("estimator has no effect: the gradient of ibq is that of its softmax")
+        return self
 
 
 class IBQ(CodebookQuantizer):
@@ -52,7 +58,7 @@ class IBQ(CodebookQuantizer):
         return self.embedding
 
     def quantize(self, z: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        z, table = self._normalised(z), self._normalised(self.table().to(z.dtype))
+        z, table = self._normalised(z), self.codebook().to(z.dtype)
         indices = self.search(z, table)
         if not self.training:
             return F.embedding(indices, table), indices, {}

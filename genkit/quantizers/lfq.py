@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from genkit.quantizers.base import Quantizer, QuantizerConfig
-from genkit.quantizers.entropy import average_over_processes, entropy_loss
+from genkit.quantizers.entropy import average_over_processes, entropy_is_read, entropy_loss
 from genkit.quantizers.estimators import SignEstimator, reste_power, signs
 
 
@@ -34,6 +34,7 @@ class LFQConfig(QuantizerConfig):
 
     @model_validator(mode="after")
     def _fit(self):
+        entropy_is_read(self)
         if self.entropy_weight and self.batch_entropy == "joint" and self.dim > 18:
             raise ValueError(f"batch_entropy='joint' is a softmax over 2^{self.dim} codes; above 18 take 'bits'")
         if "reste_end" in self.model_fields_set and self.estimator != "reste":

@@ -25,9 +25,13 @@ class ResidualConfig(QuantizerConfig):
     estimator: VectorEstimator = "ste"
 
     @model_validator(mode="after")
-    def _one_estimator(self):
+    def _quantizer_fits(self):
         if "estimator" in self.quantizer:
             raise ValueError("quantizer.estimator has no effect on a residual one: set its own estimator instead")
+        if self.quantizer.get("kind") == "ibq":
+            raise ValueError("quantizer.kind='ibq' learns by the gradient of its own output, which the sum replaces")
+        if "dim" in self.quantizer:
+            raise ValueError("quantizer.dim is that of the residual one: leave it out")
         return self
 
 
@@ -84,6 +88,8 @@ class Residual(Quantizer):
         return torch.stack(parts).sum(0)
 
     def bake(self) -> "Quantizer":
-        baked = type(self)(**self.config.model_dump(exclude_unset=True))
-        baked.parts = nn.ModuleList(part.bake() for part in self.parts)  # type: ignore[operator]
+        parts = [part.bake() for part in self.parts]  # type: ignore[operator]
+        inner = {name: value for name, value in parts[0].settings.items() if name not in ("dim", "seed")}
+        baked = type(self)(**{**self.config.model_dump(exclude_unset=True), "quantizer": inner})
+        baked.parts = nn.ModuleList(parts)
         return baked.eval()

@@ -67,8 +67,8 @@ class _Table:
     """A codebook as one precision searches it.
 
     With ``c'`` a code less the common offset, ``operand`` holds ``c'``, rounded, and ``|c'|^2``. Block j of a chunk is
-    every ``stride``-th code from ``start`` on; ``length`` and ``error`` are, of each block, the largest ``|c'|`` and the
-    largest distance of ``c'`` from its rounding.
+    every ``stride``-th code from ``start`` on; ``length`` and ``error`` are, of each block, the largest ``|c'|`` and
+    the largest distance of ``c'`` from its rounding.
     """
 
     codebook: Tensor

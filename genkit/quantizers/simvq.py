@@ -31,12 +31,16 @@ class SimVQ(CodebookQuantizer):
     """
 
     Config = SimVQConfig
+    embedding: Tensor
 
     def __init__(self, **settings: Any):
         super().__init__(**settings)
         generator = torch.Generator().manual_seed(hash_seed(self.config.seed, 0x5351))
         start = torch.randn(self.codebook_size, self.dim, generator=generator) / self.dim**0.5
-        self.embedding = nn.Parameter(start, requires_grad=not self.config.freeze)
+        if self.config.freeze:
+            self.register_buffer("embedding", start)
+        else:
+            self.embedding = nn.Parameter(start)
         bound = self.dim**-0.5  # as torch.nn.Linear starts
         self.weight = nn.Parameter((torch.rand(self.dim, self.dim, generator=generator) * 2 - 1) * bound)
         self.bias = (

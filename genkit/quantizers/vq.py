@@ -30,7 +30,11 @@ class VQConfig(CodebookConfig):
     seed: int = 0
 
     @model_validator(mode="after")
-    def _decay_is_read(self):
+    def _settings_are_read(self):
+        if "codebook_weight" in self.model_fields_set and self.rule == "ema":
+            raise ValueError("codebook_weight is of the codebook loss, which rule='ema' has not")
+        if "init" in self.model_fields_set and self.kmeans_init:
+            raise ValueError("init has no effect under kmeans_init=True")
         if "decay" in self.model_fields_set and self.rule == "gradient" and not self.restart_threshold:
             raise ValueError("decay is of the averages that rule='ema' and restart_threshold keep; there are none")
         return self
@@ -49,6 +53,8 @@ class VQ(CodebookQuantizer):
     """
 
     Config = VQConfig
+    averaged_buffers: tuple[str, ...] = ()  # which training averages as it does weights
+    embedding: Tensor
     counts: Tensor
     sums: Tensor
     steps: Tensor
@@ -61,7 +67,11 @@ class VQ(CodebookQuantizer):
             start = (torch.rand(k, d, generator=generator) * 2 - 1) / k
         else:
             start = torch.randn(k, d, generator=generator) / d**0.5
-        self.embedding = nn.Parameter(start, requires_grad=config.rule == "gradient")
+        if config.rule == "gradient":
+            self.embedding = nn.Parameter(start)
+        else:
+            self.register_buffer("embedding", start)
+            self.averaged_buffers = ("embedding",)
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         if config.rule == "ema" or config.restart_threshold:
             self.register_buffer("counts", torch.ones(k))
@@ -124,13 +134,14 @@ class VQ(CodebookQuantizer):
         if self.codebook_size > len(pool):  # repeats are moved apart, or they would share one fate
             generator = torch.Generator().manual_seed(hash_seed(self.config.seed, 0x6A69))
             noise = torch.randn(codes.shape, generator=generator).to(codes)
-            codes[len(pool) :] += 1e-2 * pool.std() * noise[len(pool) :]
+            codes[len(pool) :] += 1e-2 * pool.std(correction=0) * noise[len(pool) :]
         for _ in range(10):
             indices = self.search(pool, self._normalised(codes))
             count = torch.bincount(indices, minlength=len(codes))
             total = torch.zeros_like(codes).index_add_(0, indices, pool)
             codes = torch.where(count[:, None] > 0, total / count.clamp(min=1)[:, None], codes)
         self.embedding.copy_(self._normalised(codes))
+        if hasattr(self, "counts"):
+            self.counts.copy_(count)
         if self.config.rule == "ema":
-            self.sums.copy_(self.embedding)
-            self.counts.fill_(1.0)
+            self.sums.copy_(self.embedding * count[:, None])
