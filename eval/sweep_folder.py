@@ -47,11 +47,14 @@ class SweepFolder:
             if differing:
                 told = "; ".join(f"{key} was {there.get(key)!r}, now {wanted.get(key)!r}" for key in differing)
                 raise ValueError(f"output={str(folder)!r} holds a sweep with other settings ({told}); choose another")
-        elif self.folder.is_dir() and any(self.folder.iterdir()):
+        elif self.folder.is_dir() and any(path != partial(file) for path in self.folder.iterdir()):
             raise ValueError(f"output={str(folder)!r} is not empty and holds no {SETTINGS} of an earlier sweep")
         wait()  # until all have looked
-        if first_process() and not file.is_file():
-            write(file, json.dumps(wanted, indent=2, ensure_ascii=False) + "\n")
+        if first_process():
+            for left in self.folder.glob("genkit-images-*"):  # by a sweep that was killed while it was checked
+                shutil.rmtree(left, ignore_errors=True)
+            if not file.is_file():
+                write(file, json.dumps(wanted, indent=2, ensure_ascii=False) + "\n")
         wait()
 
     def cell(self, name: str) -> Path:
@@ -94,9 +97,12 @@ def first_process() -> bool:
 def write(path: Path, text: str) -> None:
     """In one move."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    partial(path).write_text(text, encoding="utf-8")
+    os.replace(partial(path), path)
+
+
+def partial(path: Path) -> Path:
+    return path.with_name(path.name + ".partial")
 
 
 def reference_identity(source: ImageSet | FeatureSet) -> dict[str, Any]:
