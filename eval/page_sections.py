@@ -106,7 +106,11 @@ def mmhm(made: Comparison, ranking: Mapping[str, Any]) -> list[Block | str]:
         ],
         f"The bounds of MMHM; eps {ranking['eps']:g}. Scores of tables with other bounds do not compare.",
     )
-    columns = ["run", Column("MMHM", "higher", 4), *(Column(f"u of {name}", "higher") for name in ranking["metrics"])]
+    columns: list[str | Column] = [
+        "run",
+        Column("MMHM", "higher", 4),
+        *(Column(f"u of {name}", "higher") for name in ranking["metrics"]),
+    ]
     scaled = Table(
         columns,
         [

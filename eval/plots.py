@@ -51,7 +51,7 @@ def _panel(
     setting: str, x: Sequence[Any], series: Sequence[str], panel: Panel, rows: Sequence[int], names: Sequence[str]
 ) -> Any:
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
     figure = Figure(figsize=(3.7, 2.55))
     axes = figure.add_axes((0.15, 0.19, 0.83, 0.77))
@@ -59,27 +59,29 @@ def _panel(
     for k, name in enumerate(names):
         colour, marker = COLOURS[k % len(COLOURS)], MARKERS[k % len(MARKERS)]
         style = "-" if k < len(COLOURS) else "--"
+        y = {i: float(v) for i in rows if series[i] == name and (v := panel.values[i]) is not None and _is_number(v)}
         at: dict[float, list[int]] = {}
-        for i in rows:
-            if series[i] == name and _is_number(panel.values[i]):
-                at.setdefault(float(x[i]), []).append(i)
+        for i in y:
+            at.setdefault(float(x[i]), []).append(i)
         places = sorted(at)
         several = any(len(found) > 1 for found in at.values())
-        there += [float(panel.values[i]) for found in at.values() for i in found]  # type: ignore[arg-type]
+        there += y.values()
         if several:
-            dots = [(place, panel.values[i]) for place in places for i in at[place]]
+            dots = [(place, y[i]) for place in places for i in at[place]]
             axes.plot(*zip(*dots, strict=True), marker, color=colour, alpha=0.5, markersize=3.5, markeredgewidth=0)
         if several and panel.better is None:
             continue
         pick = min if panel.better == "lower" else max
-        chosen = [pick(at[place], key=lambda i: panel.values[i]) for place in places]  # type: ignore[type-var]
-        axes.plot(places, [panel.values[i] for i in chosen], style, marker=marker, color=colour, lw=1.8, ms=5, mew=0)
+        chosen = [pick(at[place], key=y.__getitem__) for place in places]
+        axes.plot(places, [y[i] for i in chosen], style, marker=marker, color=colour, lw=1.8, ms=5, mew=0)
         for place, i in zip(places, chosen, strict=True):
             interval = panel.intervals[i] if panel.intervals else None
             if interval is not None:
                 axes.plot([place, place], interval, "-", color=colour, lw=1, alpha=0.7)
     if panel.better == "lower" and there and min(there) > 0 and max(there) > _WIDE * min(there):
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     ticks = sorted({float(x[i]) for i in rows})
     if ticks[0] > 0 and ticks[-1] >= 8 * ticks[0]:

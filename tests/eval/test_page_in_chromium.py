@@ -130,6 +130,12 @@ def test_prints(which, browser, request):
     pdf = browser.pdf()
     assert pdf.startswith(b"%PDF-") and len(pdf) > 20_000
     assert browser.run("[...document.querySelectorAll('details')].every(d => d.open)")
+    # As wide as a page: nothing is cut off, since paper does not scroll.
+    browser.open(request.getfixturevalue(which), width=720)
+    browser.send("Emulation.setEmulatedMedia", media="print")
+    scroll, inner = browser.run(WIDTH)
+    browser.send("Emulation.setEmulatedMedia", media="")
+    assert scroll <= inner == 720
 
 
 @pytest.mark.parametrize("dark", [False, True])
