@@ -49,9 +49,6 @@ class ImageTokenizer(ModelMixin, ConfigMixin):
         double_z: the encoder has twice ``latent_channels``, as that of an autoencoder with a variance.
         pad_mode: ``replicate``, ``reflect``, or ``None``: pictures that are no multiple of ``stride`` are an error.
 
-    Attributes:
-        fixed_weights: names of the quantizer's weights that no gradient moves.
-
     Raises:
         ValueError: settings that the quantizer refuses; block types that are not one a level; another pad mode.
 
@@ -99,18 +96,10 @@ class ImageTokenizer(ModelMixin, ConfigMixin):
         )
         self.encoder = Encoder(in_channels, latent_channels, tuple(down), double_z=double_z, **shared)
         self.quantizer = _make(settings)  # type: ignore[misc]
-        self.fixed_weights = _fixed(self.quantizer)
         dim = self.quantizer.dim
         self.quant_conv = nn.Conv2d((1 + double_z) * latent_channels, dim, 1)
         self.post_quant_conv = nn.Conv2d(dim, latent_channels, 1)
         self.decoder = Decoder(latent_channels, out_channels, tuple(up), **shared)
-
-    def requires_grad_(self, requires_grad: bool = True) -> "ImageTokenizer":
-        """Whether weights train; those that the quantizer keeps fixed, or moves itself, do not in any case."""
-        super().requires_grad_(requires_grad)
-        for name in self.fixed_weights:
-            self.quantizer.get_parameter(name).requires_grad_(False)
-        return self
 
     @property
     def quantizer(self) -> Quantizer:
@@ -193,7 +182,6 @@ class ImageTokenizer(ModelMixin, ConfigMixin):
         """A copy in eval mode whose quantizer has left behind what only training needs; its indices are the same."""
         baked = copy.deepcopy(self)
         baked.quantizer = self.quantizer.bake()  # type: ignore[misc]
-        baked.fixed_weights = _fixed(baked.quantizer)
         baked.register_to_config(quantizer=_settings(baked.quantizer))
         return baked.eval()
 
@@ -276,10 +264,6 @@ def _make(settings: dict[str, Any]) -> Quantizer:
     if "kind" not in given:
         raise ValueError(f"quantizer={settings}: kind is missing; accepted are {', '.join(quantizers.names())}")
     return quantizers.make(given.pop("kind"), **given)
-
-
-def _fixed(quantizer: Quantizer) -> list[str]:
-    return [name for name, weight in quantizer.named_parameters() if not weight.requires_grad]
 
 
 def _kind(quantizer: Quantizer) -> str:

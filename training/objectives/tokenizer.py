@@ -173,8 +173,6 @@ class VQGAN(Objective):
     @property
     def roles(self) -> Mapping[str, Role]:
         roles = {"student": Role(self.student_module, ema=True)}
-        if (moved := _Moved(self.student)).names:
-            roles["codebook"] = Role(moved, trains=False, kept=True)
         if self.discriminator is not None:
             roles["discriminator"] = Role(self.discriminator, optimizer=self.config.adversarial.optimizer)
         if self.perceptual is not None:
@@ -267,21 +265,3 @@ class VQGAN(Objective):
             return self.student(x), seen[0]
         finally:
             handle.remove()
-
-
-class _Moved(nn.Module):
-    """What no gradient moves in a quantizer, and its buffers: codes that are averages, and counts of them.
-
-    Checkpoints hold the buffers of networks that are trained whole; with codes that are not, these hold the rest.
-    """
-
-    def __init__(self, student: Tokenizer):
-        super().__init__()
-        self.names = student.network.fixed_weights
-        if not self.names:
-            return
-        quantizer = student.network.quantizer
-        for name in self.names:
-            self.register_parameter(name.replace(".", "_"), quantizer.get_parameter(name))
-        for name in quantizer.state_dict().keys() - dict(quantizer.named_parameters()).keys():
-            self.register_buffer(name.replace(".", "_"), quantizer.get_buffer(name))
