@@ -61,7 +61,7 @@ class SetMetric(torchmetrics.Metric):
         if (extractor is None) == (dim is None):
             raise ValueError(f"extractor={extractor!r}, dim={dim}: accepted is one of them, dim for given features")
         self.extractor = None if extractor is None else get_extractor(extractor)
-        self.dim = dim if self.extractor is None else self.extractor.dim
+        self.dim: int = dim if self.extractor is None else self.extractor.dim  # type: ignore[assignment]  # one is given
         classes = dim if self.extractor is None else self.extractor.num_classes
         if "logits" in reads["real"] + reads["generated"] and classes is None:
             raise ValueError(f"metric={self.metric.name!r} needs logits; extractor={extractor!r} has none")
@@ -157,7 +157,7 @@ class SetMetric(torchmetrics.Metric):
         stats = FeatureStats(self.dim) if packed is None else _unpacked(packed)
         if self.extractor is not None:
             stats.meta = {"extractor": self.extractor.id, "distance": self.extractor.distance}
-        rows = {}
+        rows: dict[str, Any] = {}
         for field in _ROWS:
             held = getattr(self, f"{side}_{field}", None)  # a list, but where processes gathered theirs a tensor
             if held is not None:
@@ -252,6 +252,8 @@ class ImageMetric(torchmetrics.Metric):
 
     full_state_update = False
     is_differentiable = False
+    total: Tensor
+    count: Tensor
 
     def __init__(self, metric: str | GenkitMetric, **kwargs: Any):
         super().__init__(**kwargs)

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +68,7 @@ class LPIPS(nn.Module):
             nn.Sequential(*(pool if at == _POOL else _layer(net, named, cast(int, at)) for at in stage))
             for stage in _STAGES[net]
         )
-        channels = [cast(nn.Sequential, stage)[-1].channels for stage in self.stages]
+        channels = [int(cast(Any, stage)[-1].channels) for stage in self.stages]
         given = [torch.ones(n) for n in channels] if weights is None else [w.detach().flatten() for w in weights]
         if (lengths := [len(w) for w in given]) != channels:
             raise ValueError(f"weights of {lengths} channels; the stages of net={net!r} have {channels}")
