@@ -58,6 +58,7 @@ GREYS = dict(data=FAKES["data"] | dict(fields={"fake": dict(shape=(1, 8, 8), hig
 CHOICES = dict(data=FAKES["data"] | dict(fields={"lose": dict(shape=(1, 8, 8))}))
 VERDICTS = dict(data=FAKES["data"] | dict(fields={"score": dict(high=2)}))
 TOKENS = dict(network="gpt", hidden_size=16, num_layers=1, num_heads=2, dropout=0.0)
+MASKED = dict(network="mar", hidden_size=16, num_layers=1, num_heads=2, head_width=16, head_layers=1, dropout=0.0)
 
 
 def small_tokenizer(**quantizer) -> dict[str, Any]:
@@ -228,6 +229,14 @@ READY: dict[str, list[Case]] = {
         Case(dict(vd_weight=0.0, jvp="func", derivative_norm=dict(relative=True)), falls=("loss", 0.95), learns=ANEW),
         Case(dict(vd_weight=0.0, eta=0.0, consistency_phases=2), falls=("loss", 0.8), teacher=True, learns=ANEW),
     ],
+    "masked_autoregressive": [
+        Case(falls=("loss", 0.97), run=dict(model=MASKED)),
+        Case(
+            dict(mask_min=0.05, mask_std=0.5, diffusion_batch_mul=2),
+            falls=("loss", 0.97),
+            run=dict(model=MASKED, gradient_accumulation_steps=2),
+        ),
+    ],
     "mean_flow": [
         Case(dict(weight_power=0.0, guidance_scale=2.0, guidance_mix=0.5), falls=("loss", 0.9), learns=ANEW),
         Case(dict(jvp="dual", order="v1", weight_power=0.0), falls=("loss", 0.9), teacher=True, learns=ANEW),
@@ -283,12 +292,12 @@ READY: dict[str, list[Case]] = {
                 )
             ),
         ),
-        # Several quantizers, each of which learns in its own way; batch norm.
+        # Quantizers of what others leave.
         Case(
             dict(
                 adversarial=dict(
                     loss="non_saturating",
-                    discriminator=dict(kind="patch", num_filters=4, num_layers=1),
+                    discriminator=dict(kind="patch", num_filters=4, num_layers=1, norm="none"),
                     optimizer=dict(lr=1e-3),
                 )
             ),
