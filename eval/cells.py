@@ -11,7 +11,7 @@ from typing import Any
 from genkit.guidance.base import Guider
 from genkit.pipelines.base import DenoiserPipeline
 from genkit.pipelines.by_name import parse_guider, parse_scheduler
-from genkit.pipelines.commands import _plain
+from genkit.pipelines.numbered import described
 
 NONE, EMBEDDED = "none", "embedded"
 
@@ -92,7 +92,7 @@ def _cell(pipe: DenoiserPipeline, text: str | None, scheduler: Any, name: str, s
             name = NONE
             # A pipeline with a guider of its own would use it; flow maps take none.
             rule = None if pipe.components.get("guider") is None else _guider("cfg", 1.0)
-    key = {"steps": steps, "guider": rule and _plain(rule), "told": told, "scheduler": _plain(scheduler)}
+    key = {"steps": steps, "guider": rule and described(rule), "told": told, "scheduler": described(scheduler)}
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:8]
     parts = [f"{steps}-steps", name, *([] if name == NONE else [f"{scale:g}"]), *filter(None, [text])]
     slug = re.sub(r"[^\w.=+-]+", "_", "-".join(parts))[:100]

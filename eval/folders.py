@@ -48,7 +48,7 @@ def read_folder(path: Path, *, prepare: Preparation | None = None, strict: bool 
         try:
             heads[name] = _head(files, name)
         except BAD as error:
-            unreadable[name] = str(error) or type(error).__name__
+            unreadable[name] = _why(error, files, name)
     readable = [name for name in names if name in heads]
     if not readable:
         name = names[0]
@@ -162,10 +162,16 @@ def _decode(i: int, files: "_Folder | _Zip", name: str, mode: str, prepare: Prep
         with files.open(name) as opened:
             image = opened.convert(mode)
     except BAD as error:
-        raise UnreadableImage(i, f"{files.path / name}: cannot be decoded ({error})") from error
+        why = _why(error, files, name)
+        raise UnreadableImage(i, f"{files.path.name}/{name}: cannot be decoded ({why})") from error
     if prepare is not None:
         image = prepare(image)
     return torch.from_numpy(np.atleast_3d(np.array(image))).permute(2, 0, 1)
+
+
+def _why(error: BaseException, files: "_Folder | _Zip", name: str) -> str:
+    """Without the path to the folder: results are sent to others."""
+    return str(error).replace(str(files.path / name), name) or type(error).__name__
 
 
 def _x(size: tuple[int, int]) -> str:

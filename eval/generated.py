@@ -10,6 +10,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from genkit._diffusers import without_progress_bars
 from genkit.denoisers.base import Condition, Denoiser
 from genkit.eval.asked import Asked, as_asked
 from genkit.eval.inputs import ImageSet, Maker, uint8_kind
@@ -20,7 +21,8 @@ from genkit.guidance.base import Guider
 from genkit.latents import compression
 from genkit.pipelines.base import DenoiserPipeline, PipelineOutput
 from genkit.pipelines.by_name import parse_guider
-from genkit.pipelines.commands import _asked, _make, _num_classes, _plain, _steps, _try, adopt
+from genkit.pipelines.commands import adopt
+from genkit.pipelines.numbered import asked_of, described, make_images, num_classes, shape_of_call, steps_of_call
 from genkit.registry import unknown
 from genkit.rng import ItemRNG
 
@@ -149,27 +151,27 @@ class _Denoising(Model):
         guider: Guider | None,
     ):
         super().__init__(asked, seed)
-        steps = _steps(pipe, num_inference_steps, arguments)
+        steps = steps_of_call(pipe, num_inference_steps, arguments)
         takes_prompts, network = pipe.classic is not None, type(pipe.network).__name__
         if takes_prompts and asked.prompts is None:
             has = "no prompts" if asked.labels is None else "labels without names"
             raise ValueError(
                 f"{network} takes prompts, and {asked.of} has {has}; accepted are prompts, or labels with class_names"
             )
-        self.conditional = takes_prompts or _num_classes(pipe.network) > 0
+        self.conditional = takes_prompts or num_classes(pipe.network) > 0
         if self.conditional and not takes_prompts and asked.labels is None:
             raise ValueError(f"{network} takes class labels, and {asked.of} has none")
         # Only what a model takes is told to it; a reference may well know more.
         if takes_prompts:
             self._values: Sequence[Any] = list(asked.prompts or ())
-            _, self._given = _asked(pipe, self._values, ())
+            _, self._given = asked_of(pipe, self._values, ())
         elif self.conditional:
             self._values = asked.labels.tolist()  # type: ignore[union-attr]
-            _, self._given = _asked(pipe, (), [str(label) for label in sorted(set(self._values))])
+            _, self._given = asked_of(pipe, (), [str(label) for label in sorted(set(self._values))])
         else:
             self._values, self._given = [None] * asked.n, None
         with _as_evaluated(pipe):
-            self.shape = _try(pipe, guider, self._given, self._values[0], steps, arguments)
+            self.shape = shape_of_call(pipe, guider, self._given, self._values[0], steps, arguments)
         vae = pipe.components.get("vae")
         factor = pipe.image_processor.config.vae_scale_factor
         channels = self.shape[0] if vae is None else vae.config.out_channels
@@ -196,13 +198,13 @@ class _Denoising(Model):
     def _call(self, items: Sequence[int]) -> PipelineOutput:
         what = [self._values[i] for i in items]
         arguments = {**self._arguments, "output_type": "pt"}
-        return _make(self.pipe, self.seed, items, self._given, what, self.shape, **arguments)
+        return make_images(self.pipe, self.seed, items, self._given, what, self.shape, **arguments)
 
 
 def _settings(guider: Guider) -> dict[str, Any]:
     """Its scale, and what else is not as by default."""
     default = inspect.signature(type(guider)).parameters
-    settings = {k: v for k, v in _plain(guider).items() if k in default}
+    settings = {k: v for k, v in described(guider).items() if k in default}
     return {k: v for k, v in settings.items() if k == "guidance_scale" or v != default[k].default}
 
 
@@ -246,13 +248,5 @@ class _ByStudent(Model):
 @contextlib.contextmanager
 def _as_evaluated(pipe: Any) -> Iterator[None]:
     """Without dropout, gradients and progress bars, and after it as before."""
-    bars = getattr(pipe, "_progress_bar_config", None)
-    try:
-        pipe.set_progress_bar_config(**{**(bars or {}), "disable": True})
-        with evaluating(pipe.components.values()):
-            yield
-    finally:
-        if bars is None:
-            del pipe._progress_bar_config
-        else:
-            pipe._progress_bar_config = bars
+    with without_progress_bars(pipe), evaluating(pipe.components.values()):
+        yield

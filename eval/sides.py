@@ -18,7 +18,8 @@ from genkit.eval.reconstructed import load_autoencoder, reconstructed_images
 from genkit.eval.statistics import FeatureStats, is_statistics
 from genkit.pipelines.base import DenoiserPipeline
 from genkit.pipelines.by_name import parse_scheduler, parse_settings
-from genkit.pipelines.commands import DTYPES, _lines, _num_classes, load_pipeline
+from genkit.pipelines.commands import DTYPES, load_pipeline
+from genkit.pipelines.numbered import lines_of, num_classes
 from genkit.registry import members, unknown
 
 PIPELINE, RECONSTRUCTED = "pipeline:", "reconstructed:"
@@ -139,7 +140,7 @@ def _asked(
 ) -> Asked | list[str] | list[int] | int:
     takes_prompts = isinstance(pipe, DenoiserPipeline) and pipe.classic is not None
     if isinstance(pipe, DenoiserPipeline):
-        network, classes = pipe.network, 0 if takes_prompts else _num_classes(pipe.network)
+        network, classes = pipe.network, 0 if takes_prompts else num_classes(pipe.network)
     else:
         network, classes = pipe.transformer, pipe.transformer.config.num_classes  # type: ignore[attr-defined]
     if not takes_prompts:
@@ -150,7 +151,7 @@ def _asked(
         for setting, value in {"n": n, "class_names": chosen.class_names, "template": chosen.template}.items():
             if value is not None:
                 raise ValueError(f"{setting}={str(value)!r} has no effect with inputs, which has all there is to make")
-        lines = _lines(chosen.inputs)
+        lines = lines_of(chosen.inputs)
         if takes_prompts or classes == 0:
             return lines
         return [int(w) if w.isdigit() else pipe.get_label_ids([w])[0] for w in lines]  # type: ignore[attr-defined]

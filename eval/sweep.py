@@ -27,7 +27,8 @@ from genkit.eval.sweep_folder import SweepFolder, model_identity, reference_iden
 from genkit.eval.sweep_table import check_table, show_table, table
 from genkit.pipelines.base import DenoiserPipeline
 from genkit.pipelines.by_name import parse_settings
-from genkit.pipelines.commands import DTYPES, _num_classes, load_pipeline
+from genkit.pipelines.commands import DTYPES, load_pipeline
+from genkit.pipelines.numbered import num_classes
 from genkit.registry import unknown
 
 
@@ -194,8 +195,8 @@ def _asked(pipe: DenoiserPipeline, real: ImageSet | FeatureSet, n: int | None) -
             raise ValueError("n=None: the reference statistics do not say how many images they are of; give n")
         name = str(real.stats.meta.get("source", "statistics"))
         real = ImageSet(name, count, lambda indices: torch.empty(0), real.labels, real.prompts)
-    if real.labels is None and real.prompts is None and pipe.classic is None and _num_classes(pipe.network) > 0:
-        return evenly(_num_classes(pipe.network), real.n)
+    if real.labels is None and real.prompts is None and pipe.classic is None and num_classes(pipe.network) > 0:
+        return evenly(num_classes(pipe.network), real.n)
     return matched(real)
 
 

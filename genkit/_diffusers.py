@@ -24,6 +24,7 @@ __all__ = [
     "quiet_construction",
     "restore_component",
     "set_config",
+    "without_progress_bars",
 ]
 
 
@@ -80,3 +81,17 @@ def quiet_construction() -> Iterator[None]:
         yield
     finally:
         logger.disabled = before
+
+
+@contextmanager
+def without_progress_bars(pipe) -> Iterator[None]:
+    """A pipeline's calls show none within; after it all is as before."""
+    before = getattr(pipe, "_progress_bar_config", None)
+    pipe._progress_bar_config = {**(before or {}), "disable": True}
+    try:
+        yield
+    finally:
+        if before is None:
+            del pipe._progress_bar_config
+        else:
+            pipe._progress_bar_config = before

@@ -1,7 +1,5 @@
 """What ``genkit sample`` does."""
 
-import inspect
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -14,23 +12,17 @@ from tqdm.auto import tqdm
 
 from genkit._files import first_line
 from genkit.adapters import parse_adapter
-from genkit.guidance.base import Guider
-from genkit.pipelines.base import DenoiserPipeline, PipelineOutput
+from genkit.pipelines.base import DenoiserPipeline
 from genkit.pipelines.by_name import parse_guider, parse_scheduler, parse_settings
 from genkit.pipelines.class_conditional import ClassConditionalPipeline
 from genkit.pipelines.few_step import FewStepPipeline
 from genkit.pipelines.image_folder import ImageFolder
+from genkit.pipelines.numbered import asked_of, described, lines_of, make_images, shape_of_call, steps_of_call
 from genkit.pipelines.text_to_image import TextToImagePipeline
 from genkit.registry import unknown
-from genkit.rng import ItemRNG
-from genkit.sampling import check_fit
 
 PIPELINES = {cls.__name__: cls for cls in (ClassConditionalPipeline, FewStepPipeline, TextToImagePipeline)}
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16")}
-# What the command line decides itself, in ways that make an image a function of the seed and its number.
-_TAKEN = {"self", "prompt", "class_labels", "condition", "num_inference_steps", "guider", "generator", "latents"}
-_TAKEN |= {"num_images_per_prompt", "num_images_per_label", "batch_size", "output_type", "return_dict"}
-_TAKEN |= {"callback_on_step_end", "callback_on_step_end_tensor_inputs", "arguments"}
 
 
 def load_pipeline(pipeline: str | Path, **kwargs: Any) -> DenoiserPipeline:
@@ -138,7 +130,7 @@ def sample_to_folder(
             raise ValueError(f"{name}={count}: must be at least 1")
     if dtype not in DTYPES:
         raise ValueError(unknown("dtype", dtype, DTYPES))
-    lines = _lines(inputs)
+    lines = lines_of(inputs)
     rule = None if guider is None else parse_guider(guider)
     extra = parse_settings("arguments", arguments)
     loras = [parse_adapter(text) for text in adapters]
@@ -147,22 +139,22 @@ def sample_to_folder(
         pipe.load_lora_weights(path, f"adapter_{i}", scale)
     if scheduler is not None:
         pipe.register_modules(scheduler=parse_scheduler(scheduler, pipe.scheduler))
-    steps = _steps(pipe, num_inference_steps, extra)
+    steps = steps_of_call(pipe, num_inference_steps, extra)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     pipe.enable_model_cpu_offload(device=device) if offload else pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
     if lines:
         prompts, labels = ([*prompts, *lines], labels) if pipe.classic is not None else (prompts, [*labels, *lines])
-    asked, given = _asked(pipe, prompts, labels)
+    asked, given = asked_of(pipe, prompts, labels)
     items = [value for value in asked for _ in range(num_images)]
-    shape = _try(pipe, rule, given, asked[0], steps, extra)
+    shape = shape_of_call(pipe, rule, given, asked[0], steps, extra)
     settings = {
         "pipeline": str(Path(pipeline).resolve()) if Path(pipeline).exists() else str(pipeline),
         "asked": asked,
         "num_images": num_images,
         "num_inference_steps": steps,
-        "guider": None if rule is None else _plain(rule),
-        "scheduler": _plain(pipe.scheduler),
+        "guider": None if rule is None else described(rule),
+        "scheduler": described(pipe.scheduler),
         # None without any: the folders that earlier versions made do not name them.
         "adapters": [[str(Path(path).resolve()) if Path(path).exists() else path, s] for path, s in loras] or None,
         "arguments": extra,
@@ -177,7 +169,7 @@ def sample_to_folder(
         for start in range(0, len(missing), batch_size):
             batch = missing[start : start + batch_size]
             what = [items[i] for i in batch]
-            images = _make(pipe, seed, batch, given, what, shape, num_inference_steps=steps, **extra).images
+            images = make_images(pipe, seed, batch, given, what, shape, num_inference_steps=steps, **extra).images
             for i, image in zip(batch, images, strict=True):
                 folder.save(i, image)
             bar.update(len(batch))
@@ -186,90 +178,8 @@ def sample_to_folder(
     return output
 
 
-def _lines(inputs: Path | None) -> list[str]:
-    if inputs is None:
-        return []
-    if not inputs.is_file():
-        raise FileNotFoundError(f"inputs={str(inputs)!r}: no such file")
-    found = [line.strip() for line in inputs.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if not found:
-        raise ValueError(f"inputs={str(inputs)!r} has no lines")
-    return found
-
-
-def _asked(pipe: DenoiserPipeline, prompts: Sequence[str], labels: Sequence[str]) -> tuple[list, str | None]:
-    """What images are made of, and the argument of the call that takes it."""
-    name = type(pipe.network).__name__
-    if pipe.classic is not None:
-        if labels or not prompts:
-            raise ValueError(f"labels={list(labels)}, prompts={list(prompts)}: {name} takes prompts, at least one")
-        return list(prompts), "prompt"
-    if prompts:
-        raise ValueError(f"prompts={list(prompts)}: {name} takes class labels")
-    count = _num_classes(pipe.network)
-    if count == 0:
-        if labels:
-            raise ValueError(f"labels={list(labels)}: {name} is unconditional")
-        return [None], None
-    words = [label.strip() for label in labels] or [str(i) for i in range(count)]
-    numbers = [int(w) if w.lstrip("-").isdigit() else pipe.get_label_ids([w])[0] for w in words]
-    pipe.encode(class_labels=numbers)  # refuses a number out of range
-    return numbers, "class_labels"
-
-
-def _num_classes(network: Any) -> int:
-    config = network.config
-    return config.num_classes if "num_classes" in config else config.num_embeds_ada_norm
-
-
-def _try(pipe: DenoiserPipeline, rule: Guider | None, given, value, steps: int, extra: dict) -> tuple[int, ...]:
-    """The shape of a sample, after the refusal of whatever the first batch would be refused for."""
-    if steps < 1:
-        raise ValueError(f"num_inference_steps={steps}: must be at least 1")
-    shape = pipe.sample_shape(extra.get("height"), extra.get("width"))
-    check_fit(pipe.denoiser(), pipe.scheduler, rule)
-    told = pipe.told(extra)
-    if given:
-        told[given] = [value]
-    condition = pipe.encode(**told)
-    if rule is not None:
-        rule.check((1, *shape), condition)
-    return shape
-
-
-def _steps(pipe: DenoiserPipeline, num_inference_steps: int | None, extra: Mapping[str, Any]) -> int:
-    """How many steps a call makes, by default the pipeline's own. Refuses arguments that it does not take."""
-    call = inspect.signature(type(pipe).__call__).parameters
-    open_ended = any(p.kind is p.VAR_KEYWORD for p in call.values())
-    for name in extra:
-        if name in _TAKEN or not open_ended and name not in call:
-            raise ValueError(unknown("arguments: setting", name, call.keys() - _TAKEN))
-    return call["num_inference_steps"].default if num_inference_steps is None else num_inference_steps
-
-
-def _make(
-    pipe: DenoiserPipeline,
-    seed: int,
-    items: Sequence[int],
-    given: str | None,
-    what: Sequence[Any],
-    shape: tuple[int, ...],
-    **arguments: Any,
-) -> PipelineOutput:
-    """The images with the numbers ``items``, of ``what`` each is asked for: pure functions of the seed and number."""
-    rng = ItemRNG(seed, items)
-    told = {given: list(what)} if given else {"batch_size": len(items)}
-    return pipe(latents=rng.normal(shape), generator=rng.generators(), **told, **arguments)
-
-
 def _row(i: int, value: Any, given: str | None) -> dict[str, Any]:
     if given == "class_labels":
         return {"file_name": f"{value}/{i:06d}.png", "label": value, "item": i}
     row = {"file_name": f"{i:06d}.png", "item": i}
     return row if given is None else {**row, "text": value}
-
-
-def _plain(part: Any) -> dict[str, Any]:
-    """Class and settings of a component."""
-    config = json.loads(part.to_json_string())
-    return {"name": type(part).__name__, **{k: v for k, v in config.items() if not k.startswith("_")}}

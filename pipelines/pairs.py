@@ -30,7 +30,8 @@ from genkit.denoisers.network import unwrap
 from genkit.pipelines.base import DenoiserPipeline
 from genkit.pipelines.by_name import parse_guider, parse_reward, parse_scheduler, parse_settings
 from genkit.pipelines.classic import decode, is_xl
-from genkit.pipelines.commands import DTYPES, _asked, _lines, _num_classes, _plain, _steps, _try, load_pipeline
+from genkit.pipelines.commands import DTYPES, load_pipeline
+from genkit.pipelines.numbered import asked_of, described, lines_of, num_classes, shape_of_call, steps_of_call
 from genkit.registry import unknown
 from genkit.rewards import Reward
 from genkit.rng import ItemRNG
@@ -90,7 +91,7 @@ def make_pairs(
     for name, value in {"dtype": dtype, "x0_dtype": x0_dtype}.items():
         if value not in DTYPES:
             raise ValueError(unknown(name, value, DTYPES))
-    lines = _lines(inputs)
+    lines = lines_of(inputs)
     rule = None if guider is None else parse_guider(guider)
     scorer = None if reward is None else parse_reward(reward)
     extra = parse_settings("arguments", arguments)
@@ -101,14 +102,14 @@ def make_pairs(
         pipe = load_pipeline(pipeline, dtype=DTYPES[dtype])
     if scheduler is not None:
         pipe.register_modules(scheduler=parse_scheduler(scheduler, pipe.scheduler))
-    steps = _steps(pipe, num_inference_steps, extra)
+    steps = steps_of_call(pipe, num_inference_steps, extra)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     pipe.enable_model_cpu_offload(device=device) if offload else pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
     if lines:
         prompts, labels = ([*prompts, *lines], labels) if pipe.classic is not None else (prompts, [*labels, *lines])
-    asked, given = _asked(pipe, prompts, labels)
-    shape = _try(pipe, rule, given, asked[0], steps, extra)
+    asked, given = asked_of(pipe, prompts, labels)
+    shape = shape_of_call(pipe, rule, given, asked[0], steps, extra)
     if rule is not None:
         extra["guider"] = rule
     manifest = {
@@ -116,15 +117,15 @@ def make_pairs(
         "pipeline": str(Path(pipeline).resolve()) if Path(pipeline).exists() else str(pipeline),
         "network": type(unwrap(pipe.network)).__name__,
         "weights": weights,
-        "scheduler": _plain(pipe.scheduler),
+        "scheduler": described(pipe.scheduler),
         "num_inference_steps": steps,
-        "guider": None if rule is None else _plain(rule),
+        "guider": None if rule is None else described(rule),
         "arguments": {k: v for k, v in extra.items() if k != "guider"},
         "reward": None
         if reward is None or scorer is None
         else {"name": reward.partition(":")[0], **scorer.config.model_dump(mode="json")},
         "asked": {"as": given, "count": len(asked), "sha256": _sha256_of(asked)},
-        "num_classes": _num_classes(pipe.network) if given == "class_labels" else None,
+        "num_classes": num_classes(pipe.network) if given == "class_labels" else None,
         "shape": list(shape),
         "dtype": dtype,
         "x0_dtype": x0_dtype,

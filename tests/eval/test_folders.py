@@ -148,6 +148,7 @@ def test_what_cannot_be_read_is_counted_in_the_result(tmp_path):
     assert found.protocol.n_gen == 38
     assert any("1 of 40 images" in note and "03.png" in note for note in found.notes)
     assert any("1 of 39 images" in note and "07.png" in note for note in found.notes)
+    assert not any(str(tmp_path) in note for note in found.notes)  # results are sent to others
     (tmp_path / "03.png").unlink()
     with pytest.raises(ValueError, match="07.png"):
         evaluate("digits", tmp_path, metrics=["frechet"], strict=True, quiet=True)
