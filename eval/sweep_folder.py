@@ -23,6 +23,7 @@ from genkit.eval.saved import RESULT
 
 SETTINGS, REFERENCE = "settings.json", "reference.safetensors"
 _FIRST = 64  # images by whose pixels a reference is known again
+_SPOOL = "genkit-images-"  # folders of images in the making
 _NO_WEIGHTS = {".md", ".png", ".jpg", ".gitattributes"}
 
 
@@ -47,11 +48,13 @@ class SweepFolder:
             if differing:
                 told = "; ".join(f"{key} was {there.get(key)!r}, now {wanted.get(key)!r}" for key in differing)
                 raise ValueError(f"output={str(folder)!r} holds a sweep with other settings ({told}); choose another")
-        elif self.folder.is_dir() and any(path != partial(file) for path in self.folder.iterdir()):
+        elif self.folder.is_dir() and any(
+            path != partial(file) and not path.name.startswith(_SPOOL) for path in self.folder.iterdir()
+        ):
             raise ValueError(f"output={str(folder)!r} is not empty and holds no {SETTINGS} of an earlier sweep")
         wait()  # until all have looked
         if first_process():
-            for left in self.folder.glob("genkit-images-*"):  # by a sweep that was killed while it was checked
+            for left in self.folder.glob(f"{_SPOOL}*"):  # by a sweep that was killed while it was checked
                 shutil.rmtree(left, ignore_errors=True)
             if not file.is_file():
                 write(file, json.dumps(wanted, indent=2, ensure_ascii=False) + "\n")

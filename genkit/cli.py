@@ -554,6 +554,52 @@ def sweep(
     )
 
 
+@evaluation.command("watch")
+def watch(
+    run_dir: Annotated[Path, typer.Argument(help="The output_dir of a training, running or ended.")],
+    reference: Annotated[str, typer.Argument(help="Real images: a folder, .npz, saved statistics, or 'digits'.")],
+    steps: Annotated[
+        str | None, typer.Option(help="Numbers of inference steps: 1,4. By default the recipe's own for samples.")
+    ] = None,
+    metrics: Annotated[
+        str | None, typer.Option(help="Names separated by commas; all that are possible by default.")
+    ] = None,
+    extractor: Annotated[str, typer.Option(help="Feature extractor.")] = "digits",
+    n: Annotated[
+        int | None, typer.Option("-n", "--n", help="Images on each side; all of the reference by default.")
+    ] = None,
+    best: Annotated[str | None, typer.Option(help="The value that the best checkpoint is chosen by.")] = None,
+    once: Annotated[bool, typer.Option("--once", help="Evaluate what is there, and stop.")] = False,
+    poll: Annotated[float, typer.Option("--poll", "--every", help="Seconds between looks.")] = 60.0,
+    seed: Annotated[int, typer.Option(help="Image i depends on (seed, i) alone.")] = 0,
+    batch_size: Annotated[int, typer.Option(help="Images at a time.")] = 64,
+    device: Annotated[str | None, typer.Option(help="Where to compute; the best there is by default.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print warnings alone.")] = False,
+) -> None:
+    """Evaluate the checkpoints of a training as they come: lines of evaluation.jsonl in its folder, and the best.
+
+    It ends with the training, or on Ctrl-C; called again, it goes on. A checkpoint is evaluated once.
+    """
+    from genkit.eval.by_name import split
+    from genkit.training.watch import main
+
+    main(
+        run_dir,
+        reference,
+        steps=steps,
+        metrics=None if metrics is None else split(metrics),
+        extractor=extractor,
+        n=n,
+        best=best,
+        once=once,
+        poll=poll,
+        seed=seed,
+        batch_size=batch_size,
+        device=device,
+        quiet=quiet,
+    )
+
+
 @app.command()
 def doctor() -> None:
     """Print versions, devices, attention backends, and what is missing with the command that installs it."""

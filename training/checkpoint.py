@@ -124,7 +124,7 @@ def load(path: Path, wanted: Mapping[str, Mapping[str, Tensor]]) -> Snapshot:
     Raises:
         CheckpointError: not a checkpoint of this trainer, a file that is missing or truncated, other tensors.
     """
-    manifest = _manifest(path)
+    manifest = read_manifest(path)
     for name, size in manifest["files"].items():
         file = path / name
         if not file.is_file():
@@ -152,7 +152,12 @@ def load(path: Path, wanted: Mapping[str, Mapping[str, Tensor]]) -> Snapshot:
 _ADVICE = "resume from another checkpoint by its path, or delete this one"
 
 
-def _manifest(path: Path) -> dict[str, Any]:
+def read_manifest(path: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself: ``step``, ``config``, ``files`` and more.
+
+    Raises:
+        CheckpointError: it is none of this trainer.
+    """
     file = path / MANIFEST
     if not file.is_file():
         there = sorted(p.name for p in path.iterdir())[:8]
