@@ -9,7 +9,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from genkit.autoregressive import Autoregressive
 from genkit.eval.extractors.base import get_extractor
 from genkit.eval.inputs import ImageSet, read_images, to_uint8
 from genkit.eval.metrics.base import FeatureSet, get_metric
@@ -18,6 +17,7 @@ from genkit.eval.result import Result
 from genkit.eval.run import evaluate, measure
 from genkit.eval.statistics import FeatureStats, is_statistics
 from genkit.rng import ItemRNG, hash_seed
+from genkit.students import Student
 from genkit.training.build import Run
 from genkit.training.fakes import spread
 from genkit.training.objectives.base import DivergedError
@@ -72,7 +72,7 @@ class Evaluator:
             DivergedError: on every process, if a sample is not finite.
         """
         settings, made_with = self.settings, {"model": self.run.config.output_dir.name, "training_step": step}
-        if not isinstance(self.run.student, Autoregressive):
+        if not isinstance(self.run.student, Student) or self.run.student.takes_steps:
             made_with["steps"] = settings.num_inference_steps
         if self.reference is None:
             self.reference = self._reference(device)

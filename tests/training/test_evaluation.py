@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from genkit.cli import app
 from genkit.eval.inputs import read_images, to_uint8
 from genkit.eval.result import Result
 from genkit.eval.run import evaluate
@@ -45,6 +46,9 @@ def test_a_run_is_not_changed_and_a_resumed_one_measures_the_same(toys, tmp_path
     found, again = results(tmp_path / "whole"), results(tmp_path / "parts")
     assert list(found) == ["step-2.json", "step-4.json"] and list(again) == [f"step-{k}.json" for k in (2, 3, 4)]
     assert all(again[name].values == found[name].values for name in found)
+    files = [str(tmp_path / "parts/evaluations" / name) for name in again]
+    app(["eval", "report", *files, "--html", str(tmp_path / "report.html"), "--quiet"], standalone_mode=False)
+    assert "training_step" in (tmp_path / "report.html").read_text()
 
 
 def test_values_are_those_of_the_averaged_students_samples(toys, tmp_path):
