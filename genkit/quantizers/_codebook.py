@@ -51,9 +51,12 @@ class CodebookQuantizer(Quantizer):
         """The codes ``(K, D)``, with the gradient to what they are made of."""
 
     def codebook(self) -> Tensor:
+        return self._normalised(self._table())
+
+    def _table(self) -> Tensor:
         with torch.autocast(self._device().type, enabled=False):
             table = self.table()
-            return self._normalised(table.to(torch.promote_types(table.dtype, torch.float32)))
+        return table.to(torch.promote_types(table.dtype, torch.float32))
 
     def codes(self, indices: Tensor) -> Tensor:
         return F.embedding(indices, self.codebook())
@@ -103,7 +106,8 @@ class CodebookQuantizer(Quantizer):
         kept = ("dim", "codebook_size", "measure", "chunk_size")
         baked = VQ(**{name: getattr(self.config, name) for name in kept})
         with torch.no_grad():
-            baked.embedding = nn.Parameter(self.codebook().clone())
+            # Before they are normalised: what is normalised twice is not the same to the last bit.
+            baked.embedding = nn.Parameter(self._table().clone())
         return baked.eval()
 
     def _normalised(self, x: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ def nearest_codes(z: Tensor, codebook: Tensor, *, measure: Measure = "euclidean"
 
     Raises:
         ValueError: shapes that do not fit, no code, a chunk without codes, an unknown measure, a code that is not
-            finite (as far as it matters: where it is plainly not the nearest, it is not looked at).
+            finite.
     """
     if z.ndim != 2 or codebook.ndim != 2 or z.shape[1] != codebook.shape[1] or not len(codebook):
         raise ValueError(f"z {tuple(z.shape)}, codebook {tuple(codebook.shape)}: expected (N, D) and (K, D), K >= 1")
@@ -52,8 +52,6 @@ def nearest_codes(z: Tensor, codebook: Tensor, *, measure: Measure = "euclidean"
         for dtype in _precisions(z):
             if not len(todo):
                 break
-            if dtype == torch.float64 and not codebook.isfinite().all():
-                raise ValueError("codebook: some values are not finite")
             table = _Table.of(codebook, measure, dtype, -(-chunk_size // _BLOCK) * _BLOCK)
             rows = todo.split(512 if z.device.type == "cpu" else 4096)
             answers = torch.cat([table.search(z[some]) for some in rows])
@@ -97,7 +95,7 @@ class _Table:
             codes = codebook[begin : begin + chunk]
             if len(codes) < len(part):  # the last code again, whose index counts
                 codes = torch.cat((codes, codes[-1:].expand(len(part) - len(codes), -1)))
-            codes = _scaled(codes, measure).to(work) - offset
+            codes = (_scaled(codes, measure) - offset).to(work)
             part[:, :d] = codes
             square = codes.square().sum(1)
             rest = square.clone()
@@ -110,13 +108,16 @@ class _Table:
             start = torch.arange(begin, begin + per, device=codebook.device)
             of_block = (start, torch.full_like(start, per))
             places.append((*of_block, length.view(_BLOCK, per).amax(0), error.view(_BLOCK, per).amax(0)))
-        return cls(codebook, measure, offset, chunk, operand, *map(torch.cat, zip(*places, strict=True)))
+        start, stride, length, error = map(torch.cat, zip(*places, strict=True))
+        if not length.isfinite().all() and not codebook.isfinite().all():  # a length may be too large for float32
+            raise ValueError("codebook: some values are not finite")
+        return cls(codebook, measure, offset, chunk, operand, start, stride, length, error)
 
     def search(self, z: Tensor) -> Tensor:
         """Indices ``(N,)``; -1 for vectors that are not sure in this precision."""
         n, d = z.shape
         dtype, work = self.operand.dtype, self.offset.dtype
-        centred = z.to(work) - self.offset
+        centred = (z - self.offset).to(work)
         factor = torch.ones(n, self.operand.shape[1], dtype=dtype, device=z.device)
         factor[:, :d] = -2 * centred  # doubling is exact
         factor = factor.T.contiguous()
