@@ -13,8 +13,8 @@ class LaplacianPyramid(nn.Module):
     ``g_0 = x``, ``g_(j+1)`` is every other pixel of ``g_j`` blurred by (1, 4, 6, 4, 1) / 16,
     ``L_j = g_j - up(g_(j+1))`` with bilinear ``up``, and the last band is what is left. A band
     has a quarter of the pixels of the one before and weighs as much, as the eye sees fine contrasts less well. In place
-    of learned distances where their weights are not at hand: edges cost more than under squared errors, but textures
-    are compared pixel by pixel.
+    of learned distances where their weights are not at hand: errors that reach over many pixels cost more than under
+    squared errors, but textures are still compared pixel by pixel.
     Computed in float32 at least, without autocast.
 
     Args:
