@@ -2,7 +2,7 @@
 
 The model is that of configs/digits/mar.yaml: four tokens, one an autoregressive step. 1,797 images a row, with the
 classes of the real ones; calls are one after the other, evaluations are tokens of an image that went through the head,
-both branches of guidance counted. Every row draws from timestep 950 down, so that rows differ in nothing but their steps.
+both branches of guidance counted. Every row draws from timestep 950 down: rows differ in nothing but their steps.
 
 The constant schedule is the one that masked autoregression was published with: 100 steps for every token. Annealing
 from T takes half the calls of a constant T at best, of whatever kind; what is saved beyond that, a lower T saves, which
