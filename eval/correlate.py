@@ -217,7 +217,8 @@ def _print(result: Mapping[str, Any]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("", title=caption(result).rstrip("."), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=caption(result).rstrip("."), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("", overflow="fold")
     for name in result["metrics"]:
         table.add_column(Text(head(name, result["better"][name])), justify="right", overflow="fold")
     for name, row in zip(result["metrics"], result["matrix"], strict=True):

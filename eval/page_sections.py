@@ -1,5 +1,6 @@
 """What the sections of a page say of a comparison, beside its images."""
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -13,6 +14,7 @@ from genkit.eval.report import Block, Cell, Column, ProtocolBlock, Section, Tabl
 from genkit.eval.result import COMPARED
 from genkit.eval.runs import NO_GUIDER, Run
 
+_ROWS = re.compile(r"\brows? (\d+(?:, \d+)*)")
 _NAMES = {"guidance_scale": "guidance", "nfe": "calls"}
 
 
@@ -121,8 +123,7 @@ def mmhm(made: Comparison, ranking: Mapping[str, Any]) -> list[Block | str]:
     # Rows of a note are those of the table that was ranked, before it was put in order.
     named = {row["mmhm_row"]: run.name for run, row in zip(made.runs, rows, strict=True)}
     notes = [note for note in ranking["notes"] if not note.startswith("forced")]
-    if any("row" in note for note in notes):
-        notes.append("here " + "; ".join(f"row {i} is {named[i]}" for i in sorted(named)))
+    notes = [_ROWS.sub(lambda m: ", ".join(f"“{named[int(i)]}”" for i in m[1].split(", ")), note) for note in notes]
     return [words, bounds, Details("The scaled metrics u that enter the mean", [scaled]), *map(_sentence, notes)]
 
 

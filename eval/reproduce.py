@@ -94,6 +94,8 @@ def install(runs: Sequence[Run]) -> str:
     for run in runs:
         versions = dict(run.result.protocol.versions)
         python = versions.pop("python", None)
-        wanted = " ".join(f'"{_PACKAGES.get(name, name)}=={version}"' for name, version in versions.items())
+        # Without what follows a plus sign: builds, such as for a version of CUDA, that the index does not have.
+        plain = {_PACKAGES.get(name, name): version.partition("+")[0] for name, version in versions.items()}
+        wanted = " ".join(f'"{name}=={version}"' for name, version in plain.items())
         lines.append(f"pip install {wanted}" + (f"  # Python {python}" if python else ""))
     return "\n".join(dict.fromkeys(lines))

@@ -70,6 +70,7 @@ def test_everything_is_on_the_page_and_nothing_is_fetched(folder, tmp_path):
     distances = {run.name: run.result.values["frechet_distance"] for run in runs}
     assert f"frechet_distance@130 ↓{min(distances, key=distances.get)}" in told
     assert "frechet_raw" not in told.split("Protocol")[0] and "inception_score_std" not in told
+    assert not re.search(r"\brow \d", told)  # rows of the table that was ranked are called by their names
     assert "made up" in told and get_extractor("digits").id in told and "torch==" in told
     assert f"genkit eval report {folder} --html {tmp_path / 'p.html'} --mmhm {MMHM}" in told
 
@@ -225,3 +226,11 @@ def test_command(folder, tmp_path):
         cli.app, ["eval", "report", str(folder / "cells" / "teacher-4-1"), "--html", str(path), "--quiet"]
     )
     assert quiet.exit_code == 0 and quiet.output == ""
+
+
+def test_notes_call_runs_by_their_names(results, tmp_path):
+    twin = tmp_path / "twin.json"
+    shutil.copy(results[0], twin)
+    html = main([results[0], twin], tmp_path / "p.html", metrics="recall", mmhm="recall,precision", quiet=True)
+    one, two = (run.name for run in read_runs([results[0], twin])[0])
+    assert f"A tie of “{one}”, “{two}”, broken by" in text(html.read_text("utf-8"))
