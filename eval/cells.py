@@ -71,10 +71,11 @@ def cells(
             raise ValueError(f"steps={count}: must be at least 1")
     if guiders and all(scale == 1 for scale in guidance):
         raise ValueError(f"guider={guiders[0]!r} has no effect where guidance is 1 alone; give scales: --guidance 1,3")
-    paths = {text: parse_scheduler(text, pipe.scheduler) for text in schedulers} or {None: pipe.scheduler}
+    paths: list[tuple[str | None, Any]] = [(text, parse_scheduler(text, pipe.scheduler)) for text in schedulers]
+    paths = paths or [(None, pipe.scheduler)]
     names: Sequence[str] = guiders or ([EMBEDDED] if pipe.embeds_guidance else ["cfg"])
     found: dict[str, Cell] = {}
-    for (text, scheduler), guider, scale, count in itertools.product(paths.items(), names, guidance, steps):
+    for (text, scheduler), guider, scale, count in itertools.product(paths, names, guidance, steps):
         cell = _cell(pipe, text, scheduler, guider, float(scale), count)
         found.setdefault(cell.name.rpartition("-")[2], cell)
     return list(found.values())
