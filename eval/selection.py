@@ -244,6 +244,7 @@ def main(
 
 
 def told(result: Mapping[str, Any]) -> list[str]:
+    """What a ranking says of itself, in lines: bounds, stability and notes."""
     bounds = ", ".join(f"{name} {b['min']:.6g} to {b['max']:.6g}" for name, b in result["bounds"].items())
     share = result["stability"]
     told = [f"bounds{' given' if result['bounds_given'] else ' of these rows'}: {bounds}; eps {result['eps']:g}"]

@@ -94,6 +94,7 @@ class SweepFolder:
 
 
 def first_process() -> bool:
+    """Whether this is the one that writes."""
     return rank_and_count()[0] == 0
 
 
@@ -105,6 +106,7 @@ def write(path: Path, text: str) -> None:
 
 
 def partial(path: Path) -> Path:
+    """Where a file is written before it takes its name."""
     return path.with_name(path.name + ".partial")
 
 
