@@ -8,6 +8,7 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import BaseOutput
+from PIL.Image import Image
 from torch import Tensor
 
 from genkit.networks.tokenizer import ImageTokenizer
@@ -85,9 +86,7 @@ class TokenizerPipeline(DiffusionPipeline):
         return TokenizerPipelineOutput(out, tokens) if return_dict else (out, tokens)
 
     def _tensor(self, images: Any) -> Tensor:
-        if (
-            isinstance(images, list)
-            and len(sizes := {getattr(i, "size", None) for i in images if hasattr(i, "mode")}) > 1
-        ):
-            raise ValueError(f"images of sizes {sorted(sizes)}: accepted are those of one size at a time")
+        sizes = {str(image.size) for image in images if isinstance(image, Image)} if isinstance(images, list) else ()
+        if len(sizes) > 1:
+            raise ValueError(f"images of sizes {', '.join(sorted(sizes))}: accepted are those of one size at a time")
         return self.image_processor.preprocess(images).to(self._execution_device, self.vqvae.dtype)

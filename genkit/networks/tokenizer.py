@@ -19,6 +19,11 @@ from genkit.registry import lookup, unknown
 
 PadMode = Literal["replicate", "reflect"]
 _PAD_MODES = ("replicate", "reflect", None)
+# Settings that mean the same to Diffusers' autoencoders.
+_SHARED = (
+    "in_channels out_channels sample_size block_out_channels down_block_types up_block_types layers_per_block "
+    "latent_channels norm_num_groups act_fn mid_block_add_attention"
+).split()
 
 
 @dataclass(frozen=True)
@@ -209,11 +214,7 @@ class ImageTokenizer(ModelMixin, ConfigMixin):
         if quantizer is None and not is_vq:
             raise ValueError("quantizer=None: an AutoencoderKL has no codes; say what quantizes its latents")
         own = dict(kind="vq", codebook_size=config.num_vq_embeddings, dim=vae.quantize.vq_embed_dim) if is_vq else {}
-        shared = (
-            "in_channels out_channels sample_size block_out_channels down_block_types up_block_types layers_per_block "
-            "latent_channels norm_num_groups act_fn mid_block_add_attention"
-        )
-        made = cls(quantizer or own, **{name: config[name] for name in shared.split()}, double_z=not is_vq)
+        made = cls(quantizer or own, **{name: config[name] for name in _SHARED}, double_z=not is_vq)
         made.encoder.load_state_dict(vae.encoder.state_dict())
         made.decoder.load_state_dict(vae.decoder.state_dict())
         with torch.no_grad():
@@ -245,9 +246,7 @@ class ImageTokenizer(ModelMixin, ConfigMixin):
                 f"quantizer={self.config['quantizer']}, double_z={self.config['double_z']}: VQModel knows one table of "
                 "codes, measure='euclidean', and double_z=False"
             )
-        accepted = set(VQModel._get_init_keys(VQModel))
-        shared = {k: v for k, v in self.config.items() if k in accepted and not k.startswith("_")}
-        shared |= {
+        shared = {name: self.config[name] for name in _SHARED} | {
             "down_block_types": [type(b).__name__ for b in self.encoder.down_blocks],
             "up_block_types": [type(b).__name__ for b in self.decoder.up_blocks],
         }

@@ -214,13 +214,14 @@ class VQGAN(Objective):
         return self._measured
 
     def pipeline(self, pipe: Any) -> TokenizerPipeline:
-        return TokenizerPipeline(fused(self.student_module).bake())
+        network: Any = fused(self.student_module)
+        return TokenizerPipeline(network.bake())
 
     # -- losses ---------------------------------------------------------------------------------------------------
 
     def _loss(self, batch: Batch, rng: ItemRNG) -> Loss:
         c, x = self.config, batch.x0
-        weight = self.adversarial_weight(batch.step)
+        weight: Any = self.adversarial_weight(batch.step)
         self.student.network.quantizer.progress = batch.progress
         made, last = self._reconstructed(x)
         difference = made.sample - x

@@ -5,6 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.grad import conv2d_weight
 
 from genkit.quantizers import processes
 
@@ -48,9 +49,7 @@ class LastLayer:
         (g,) = torch.autograd.grad(loss, self.out, retain_graph=True)
         wide = torch.promote_types(g.dtype, torch.float32)
         with torch.autocast(g.device.type, enabled=False), torch.no_grad():
-            return torch.nn.grad.conv2d_weight(
-                self.inputs.to(wide), self.layer.weight.shape, g.to(wide), padding=self.layer.padding
-            )
+            return conv2d_weight(self.inputs.to(wide), self.layer.weight.shape, g.to(wide), padding=self.layer.padding)
 
 
 class LeCam(nn.Module):
