@@ -1,6 +1,6 @@
 """How many calls of its diffusion head a masked autoregressive model of digits needs, by how steps are annealed.
 
-The model is that of configs/digits/mar.yaml: four tokens, one an autoregressive step. 1,797 images a row, with the
+The model is that of configs/digits/mar.yaml: 16 tokens, one an autoregressive step. 1,797 images a row, with the
 classes of the real ones; calls are one after the other, evaluations are tokens of an image that went through the head,
 both branches of guidance counted. Every row draws from timestep 950 down: rows differ in nothing but their steps.
 

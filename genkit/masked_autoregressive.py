@@ -142,8 +142,8 @@ class MaskedAutoregressive(Student):
             for count, num_steps in zip(counts, steps, strict=True):
                 visible, chosen = order[:, :known], order[:, known : known + count]
                 known += count
-                both = (torch.cat((v, v)) if guided else v for v in (tokens, visible, chosen))
-                z = self.outputs(*both, labels)
+                both = [torch.cat((v, v)) if guided else v for v in (tokens, visible, chosen)]
+                z = self.outputs(both[0], both[1], both[2], labels)
                 self.calls += guided  # the second branch, of the same batch
                 head = self._head(z.unflatten(0, (-1, b)), settings.guidance(known / self.length))
                 shape = (count, self.channels)

@@ -67,6 +67,14 @@ class SimpleMLPAdaLN(nn.Module):
         frequencies = 10_000.0 ** (-torch.arange(128, dtype=torch.float64) / 128)
         self.register_buffer("frequencies", frequencies.float(), persistent=False)
 
+    def start(self) -> None:
+        """Small weights for the time, none for what modulates and for the output."""
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear) and name.startswith("time_embed"):
+                nn.init.normal_(module.weight, std=0.02)
+            elif name.endswith(("modulation", "out")):
+                nn.init.zeros_(module.weight)
+
     def forward(self, x: Tensor, timestep: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         """Noise and variance logits, of the shape of ``x``.
 
@@ -152,12 +160,9 @@ class MAR(ModelMixin, ConfigMixin):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         positions = (self.encoder_position, self.decoder_position, self.head_position)
-        times = (self.head.time_embed[0].weight, self.head.time_embed[2].weight)
-        for weight in (self.class_embed.weight, self.mask_token, *positions, *times):
+        for weight in (self.class_embed.weight, self.mask_token, *positions):
             nn.init.normal_(weight, std=0.02)
-        head = self.head
-        for layer in (head.modulation, head.out, *(block.modulation for block in head.blocks)):
-            nn.init.zeros_(layer.weight)
+        self.head.start()
 
     def forward(self, tokens: Tensor, visible: Tensor, class_labels: Tensor) -> Tensor:
         """``z`` ``(B, L, E)`` of all tokens, row by row.

@@ -54,6 +54,7 @@ class MaskedAutoregression(Objective):
     student_type = MaskedAutoregressive
 
     student: MaskedAutoregressive  # type: ignore[assignment]
+    table: Tensor
 
     def __init__(self, config, student, teacher=None):
         super().__init__(config, student, teacher)
@@ -88,7 +89,7 @@ class MaskedAutoregression(Objective):
         copies, (_, m, d) = self.config.diffusion_batch_mul, x0.shape
         step = rng.integers(TRAIN_STEPS, (copies, m))
         epsilon = rng.normal((copies, m, d), dtype=x0.dtype)
-        alpha, sigma, slope, log_beta, log_posterior = self.table.to(x0.dtype)[:, step, None]  # type: ignore[operator]
+        alpha, sigma, slope, log_beta, log_posterior = self.table.to(x0.dtype)[:, step, None]
         predicted, logits = self.student.network.head(alpha * x0[:, None] + sigma * epsilon, step, z[:, None])
         error = (predicted - epsilon).to(torch.promote_types(predicted.dtype, torch.float32))
         log_var = log_variance(logits.to(error.dtype), log_beta, log_posterior)
