@@ -100,7 +100,7 @@ def _print(found: Mapping[str, Any], folder: Path) -> None:
 
     rows = found["rows"]
     ranked = bool(rows) and "mmhm" in rows[0]
-    names = {"mmhm_rank": "rank", "mmhm": "MMHM"} if ranked else {}
+    names = {"mmhm_rank": "rank", "mmhm_row": "row", "mmhm": "MMHM"} if ranked else {}
     every = dict.fromkeys(name for row in rows for name in row)
     varying = [name for name in every if len({str(row.get(name)) for row in rows}) > 1]
     names |= {k: k.replace("_", " ") for k in _SETTINGS if k in every and (k in varying or k == "steps")}

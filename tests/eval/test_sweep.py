@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from tqdm.auto import tqdm
 from typer.testing import CliRunner
 
@@ -245,6 +246,20 @@ def test_statistics_without_labels_ask_for_every_class_equally(model, tmp_path):
     result = Result.load(path)
     assert (result.protocol.n_real, result.protocol.n_gen, result.protocol.matched) == (60, 60, None)
     assert result.values.keys() >= {"frechet_distance"} and "class_accuracy" in result.values
+
+
+def test_prompts_of_a_folder_are_asked_for_at_its_size(tiny_pipeline, tmp_path):
+    tiny_pipeline("sd15").save_pretrained(tmp_path / "model")
+    (tmp_path / "real").mkdir()
+    rows = [{"file_name": f"{i}.png", "text": ["a cat", "a dog"][i % 2]} for i in range(4)]
+    for i, row in enumerate(rows):
+        Image.new("RGB", (20, 24), (40 * i, 90, 10)).save(tmp_path / "real" / row["file_name"])
+    (tmp_path / "real" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    settings = {"n": None, "size": 16, "metrics": ["contrast"], "extractor": "none"}
+    found = run(tmp_path / "model", tmp_path / "sweep", str(tmp_path / "real"), steps="1", guidance="4", **settings)
+    (row,) = found["rows"]
+    assert (row["protocol"]["matched"], row["protocol"]["n_gen"], row["nfe"]) == ("prompts", 4, 2)
+    assert "16x16" in row["protocol"]["reference_images"] and "16x16" in row["protocol"]["generated_images"]
 
 
 def test_a_cell_without_images_is_named_and_tried_again(model, tmp_path, monkeypatch):
