@@ -35,6 +35,7 @@ def main(
     output: str | Path | None = None,
     json_path: str | Path | None = None,
     html_path: str | Path | None = None,
+    command: str | None = None,
     quiet: bool = False,
 ) -> Result:
     """``genkit eval run REFERENCE GENERATED``: evaluate, print a table unless ``quiet``, write the files asked for.
@@ -69,6 +70,7 @@ def main(
         device=where,
         strict=strict,
         intervals=intervals,
+        command=command,
         output=output,
         quiet=quiet,
     )

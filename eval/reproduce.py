@@ -43,7 +43,11 @@ def extractor_text(id: str) -> str:
 
 
 def run_command(run: Run) -> str:
-    """``genkit eval run`` with what is recorded: models and sources by the names that it has for them."""
+    """The command that was called; of a cell of a sweep, and of what Python evaluated, ``genkit eval run`` with what is
+    recorded: models and sources by the names that it has for them.
+    """
+    if run.result.command is not None:
+        return run.result.command
     protocol, made = run.result.protocol, run.settings
     metrics = ",".join(metric_text(name, settings) for name, settings in protocol.metrics.items())
     words = ["genkit", "eval", "run", protocol.reference or "none"]

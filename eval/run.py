@@ -126,6 +126,7 @@ def evaluate(
     strict: bool = False,
     intervals: int | None = None,
     made_with: Mapping[str, Any] | None = None,
+    command: str | None = None,
     output: str | Path | None = None,
     quiet: bool = False,
 ) -> Result:
@@ -145,6 +146,7 @@ def evaluate(
         strict: stop at what would be a note: an image that cannot be read, or is not like the others.
         intervals: that many bootstrap resamples, for 95 % intervals of the metrics that bear them.
         made_with: what the generated images were made with, to be recorded.
+        command: the command line that this is part of, to be recorded.
         output: a folder for the result with samples, values by class, worst and best images: what reports are made of
             (:mod:`genkit.eval.saved`).
 
@@ -232,6 +234,7 @@ def evaluate(
         notes=_notes(real, fake),
         made_with={**({} if model is None else model.made_with), **(made_with or {})},
         intervals=_intervals(chosen, real, fake, intervals, seed),
+        command=command,
     )
     return result if output is None else save_evaluation(output, result, real, fake, scores)
 

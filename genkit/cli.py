@@ -1,5 +1,6 @@
 """The ``genkit`` command. Each sub-command imports what it needs when it is called, so that ``--help`` is instant."""
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -301,6 +302,7 @@ def evaluate(
         output=output,
         json_path=json_path,
         html_path=html_path,
+        command=shlex.join(["genkit", *sys.argv[1:]]),
         quiet=quiet,
     )
 

@@ -138,6 +138,7 @@ def test_sample_then_evaluate(tmp_path):
     assert out.exit_code == 0, out.output
     result = json.loads((tmp_path / "r.json").read_text())
     assert result["values"]["frechet_distance"] > 10 and result["nfe"] == 2 and result["protocol"]["n_gen"] == 80
+    assert result["command"].startswith("genkit ")
     assert "<html" in (tmp_path / "r.html").read_text()
 
 
