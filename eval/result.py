@@ -39,8 +39,8 @@ class Result(BaseModel):
     """Values by name, network calls per image (``nfe``) if known, how they were made, and what to beware of.
 
     ``made_with`` is what the images were generated with (``model``, ``steps``, ``guidance_scale`` ...), where known;
-    ``intervals`` has ``[low, high]`` of values that were bootstrapped, ``per_class`` values by label, ``command`` is the
-    command line that was called, if one was.
+    ``intervals`` has ``[low, high]`` of values that were bootstrapped, ``per_class`` values by label; ``command`` is
+    the command line that was called, if one was.
     """
 
     # JSON has no number for the infinite PSNR of equal images; pydantic's default, null, could not be read back.

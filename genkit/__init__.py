@@ -14,6 +14,8 @@ for _family in (
     "feynman_kac",
     "guidance",
     "networks",
+    "perceptual",
+    "quantizers",
     "rewards",
     "schedulers",
     "testing",
