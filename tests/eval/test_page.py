@@ -1,7 +1,7 @@
 import json
-from dataclasses import replace
 import re
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -180,7 +180,9 @@ def test_commands_measure_the_same_again(folder):
         "genkit eval run digits pipeline:teacher --steps 4 --guider cfg:guidance_scale=3 --n 130 --extractor digits "
         "--metrics frechet,prdc,accuracy,inception_score,contrast --seed 0 --device cpu"
     )
-    evaluation = replace(runs[0].evaluation, result=runs[0].result.model_copy(update={"command": "genkit eval run a b"}))
+    evaluation = replace(
+        runs[0].evaluation, result=runs[0].result.model_copy(update={"command": "genkit eval run a b"})
+    )
     assert run_command(replace(runs[0], evaluation=evaluation)) == "genkit eval run a b"
     for metric in (KernelInceptionDistance(subsets=3, subset_size=20), get_metric("prdc"), get_metric("realism:k=5")):
         assert get_metric(metric_text(metric.name, metric.settings)).settings == metric.settings
