@@ -64,7 +64,7 @@ class IBQ(CodebookQuantizer):
             return F.embedding(indices, table), indices, {}
 
         def soft(rows: Tensor, chosen: Tensor, codes: Tensor) -> tuple[Tensor]:
-            mean = self.affinity(rows, codes).softmax(1) @ codes
+            mean = self.affinity(rows, codes).softmax(1) @ codes.detach()  # the other factor of s C is the one-hot
             return (F.embedding(chosen, codes) + mean - mean.detach(),)
 
         step = max(1, _NUMBERS // len(table))

@@ -153,10 +153,14 @@ class _Table:
         least[nearest, rows] = torch.inf
         near = (least > known).logical_not_()  # what is not a number counts as near
         most = len(near) if dtype == torch.float64 else max(4, len(near) // 256)
-        unsure = near.sum(0) > most
-        near[:, unsure] = False
+        unsure = torch.zeros(n, dtype=torch.bool, device=z.device)
+        if int(near.count_nonzero()) > most * n:  # too many to list
+            unsure = near.sum(0) > most
+            near[:, unsure] = False
         others, owners = near.nonzero().unbind(1)
         if len(owners):
+            unsure |= owners.bincount(minlength=n) > most
+            others, owners = others[~unsure[owners]], owners[~unsure[owners]]
             further, candidates = self._exactly(z, owners, others)
             best = value.scatter_reduce(0, owners, further, "amin")
             index = torch.where(value == best, index, len(self.codebook))
