@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from torch import nn
 from torch.distributions import Normal, kl_divergence
 
@@ -145,6 +146,27 @@ def test_what_was_trained_is_a_pipeline_that_draws(toys, tmp_path):
     with trainer.averaged():
         for name, weight in trainer.run.student.network.state_dict().items():
             assert torch.equal(weight, pipe.transformer.state_dict()[name])
+
+
+def test_pictures_are_learned_as_latents(toys, tmp_path):
+    torch.manual_seed(1)
+    blocks = dict(down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)
+    vae = AutoencoderKL(
+        **blocks, block_out_channels=(4, 4), latent_channels=2, norm_num_groups=2, sample_size=16, scaling_factor=0.2325
+    )
+    vae.save_pretrained(tmp_path / "vae")
+    trainer = toys.run(
+        toys.digits(
+            tmp_path / "run",
+            model=MODEL | dict(in_channels=2, components=dict(vae=str(tmp_path / "vae"))),
+            objective=dict(name="masked_autoregressive"),
+            data=dict(name="synthetic", shape=(3, 16, 16), num_classes=10),
+            max_train_steps=2,
+        )
+    )
+    assert trainer.x0.shape == (8, 2, 8, 8)
+    pipe = MaskedAutoregressivePipeline.from_pretrained(export(trainer))
+    assert pipe(3, 2, output_type="pt").images.shape == (1, 3, 16, 16)
 
 
 def test_a_lora(toys, tmp_path):
