@@ -29,7 +29,7 @@ def main(
     generation: Generation | None = None,
     seed: int = 0,
     batch_size: int = 256,
-    device: str = "cpu",
+    device: str | None = None,
     strict: bool = False,
     intervals: int | None = None,
     output: str | Path | None = None,
@@ -93,7 +93,7 @@ def measure_features(
     size: int | None = None,
     crop: Crop | None = None,
     batch_size: int = 256,
-    device: str = "cpu",
+    device: str | None = None,
     strict: bool = False,
     quiet: bool = False,
 ) -> None:

@@ -249,7 +249,7 @@ def main(
             given["values"] = _two(values)
         if rules is not None:
             given["rules"] = [rule.strip() for rule in rules.split(",")]
-        given["device"] = join(given.get("device", "cpu"))
+        given["device"] = join(given.get("device"))
         found = explain(a, b, quiet=quiet, **given)
     if rank_and_count()[0] > 0:
         return

@@ -247,7 +247,7 @@ def evaluate(
     extractor: Annotated[
         str, typer.Option(help=f"Feature extractor, with settings: inception:resize=clean. One of {EXTRACTORS}.")
     ] = "digits",
-    n: Annotated[int | None, typer.Option(help="Use only this many images of each side.")] = None,
+    n: Annotated[int | None, typer.Option("--n", "-n", help="Use only this many images of each side.")] = None,
     nfe: Annotated[float | None, typer.Option(help="Network calls spent on each image, for the record.")] = None,
     size: Annotated[int | None, typer.Option(help="Make all images this many pixels wide and high.")] = None,
     crop: Annotated[
@@ -256,7 +256,9 @@ def evaluate(
     steps: Annotated[int | None, typer.Option(help="Of pipeline:FOLDER; the pipeline's own by default.")] = None,
     guider: Annotated[str | None, typer.Option(help="Of pipeline:FOLDER, as cfg:guidance_scale=2.")] = None,
     scheduler: Annotated[str | None, typer.Option(help="Of pipeline:FOLDER, as pndm.")] = None,
-    arguments: Annotated[str | None, typer.Option(help="Others of pipeline:FOLDER's call: height=512.")] = None,
+    arguments: Annotated[
+        str | None, typer.Option("--set", help="Others of pipeline:FOLDER's call: height=512.")
+    ] = None,
     inputs: Annotated[
         Path | None, typer.Option(help="A file with a prompt or label a line, in place of the reference's.")
     ] = None,
@@ -274,7 +276,7 @@ def evaluate(
     ] = None,
     seed: int = 0,
     batch_size: int = 256,
-    device: str = "cpu",
+    device: Annotated[str | None, typer.Option(help="Where to compute; the best there is by default.")] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the result here.")] = None,
     html_path: Annotated[Path | None, typer.Option("--html", help="Write a report here.")] = None,
     quiet: Quiet = False,
@@ -318,7 +320,7 @@ def features(
         bool, typer.Option("--strict", help="Stop at images that cannot be read, or had to be converted.")
     ] = False,
     batch_size: int = 256,
-    device: str = "cpu",
+    device: Annotated[str | None, typer.Option(help="Where to compute; the best there is by default.")] = None,
     quiet: Quiet = False,
 ) -> None:
     """Measure a set once, so that eval run and sweep can take the file as a reference."""
@@ -450,10 +452,10 @@ def explain_difference(
         str | None, typer.Option(help="Resize rules to try, separated by commas: tf1,clean. All by default.")
     ] = None,
     values: Annotated[str | None, typer.Option(help="Two published numbers X,Y: what could X - Y be?")] = None,
-    n: Annotated[int | None, typer.Option(help="Use only this many images of each side.")] = None,
+    n: Annotated[int | None, typer.Option("--n", "-n", help="Use only this many images of each side.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the draw of those.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images at a time.")] = None,
-    device: Annotated[str | None, typer.Option(help="Where to compute; cpu by default.")] = None,
+    device: Annotated[str | None, typer.Option(help="Where to compute; the best there is by default.")] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write what was found here.")] = None,
     quiet: Quiet = False,
 ) -> None:
