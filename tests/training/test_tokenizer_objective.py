@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Dinov2Config, Dinov2Model
 
@@ -126,6 +126,44 @@ def test_each_phase_moves_its_own(loss, tmp_path):
     assert seen == [("student", one)] * 3 + [("discriminator", other), ("student", one), ("discriminator", other)]
     keys = [set(line) for line in logs.read(tmp_path / logs.FILE)]
     assert "logits_fake/discriminator" not in keys[1] and "logits_fake/discriminator" in keys[2]
+
+
+def test_a_run_goes_on_from_before_its_discriminator_begins(tmp_path):
+    quantizer = dict(kind="vq", codebook_size=16, dim=4, rule="ema", kmeans_init=True, restart_threshold=1)
+    settings = dict(adversarial=dict(start=3, lecam_weight=0.05, adaptive=True, discriminator=PATCH))
+    make = lambda name, **changes: Trainer(  # noqa: E731
+        build(config(tmp_path / name, quantizer, settings, max_train_steps=5, **changes)), quiet=True
+    )
+    make("whole").train()
+    for step in make("part").steps():
+        if step == 2:
+            break
+    torch.manual_seed(9)
+    make("part", resume="latest").train()
+    folders = [tmp_path / name / "checkpoint-5" for name in ("whole", "part")]
+    files = sorted(p.name for p in folders[0].glob("*.safetensors"))
+    assert files == [
+        "discriminator.safetensors",
+        "objective.safetensors",
+        "student.ema.safetensors",
+        "student.safetensors",
+    ]
+    assert all((folders[0] / name).read_bytes() == (folders[1] / name).read_bytes() for name in files)
+    assert {"quantizer.embedding", "quantizer.counts", "quantizer.sums"} <= load_file(folders[0] / files[-1]).keys()
+
+
+def test_a_lora(tmp_path):
+    """What is exported has it fused, and the same tokens."""
+    lora = dict(kind="lora", rank=2, alpha=2, target_modules=["to_q", "conv1"])
+    trainer = Trainer(build(config(tmp_path, adapter=lora)), quiet=True)
+    trainer.train()
+    pipe = TokenizerPipeline.from_pretrained(export(trainer))
+    with trainer.averaged(), torch.no_grad():
+        made = trainer.run.student(batch().x0)
+        torch.testing.assert_close(pipe.vqvae(batch().x0).sample, made.sample, rtol=1e-4, atol=1e-5)
+    assert not any("lora" in name for name in pipe.vqvae.state_dict())
+    with pytest.raises(ValueError, match="codes that move by themselves"):
+        build(config(tmp_path, dict(kind="vq", codebook_size=16, dim=4, rule="ema"), adapter=lora))
 
 
 def test_real_and_generated_pictures_are_judged_apart(tmp_path):

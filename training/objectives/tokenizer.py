@@ -17,6 +17,7 @@ from genkit.perceptual.lpips import LPIPS, Net
 from genkit.pipelines.super_resolution import fused
 from genkit.pipelines.tokenizer import TokenizerPipeline
 from genkit.quantizers.usage import CodeUsage
+from genkit.quantizers.vq import VQ
 from genkit.rng import ItemRNG
 from genkit.tokenizers import Tokenizer
 from genkit.training.objectives.base import Batch, Loss, Objective, ObjectiveConfig, Phase, Role
@@ -123,7 +124,7 @@ class VQGAN(Objective):
     "Autoregressive model beats diffusion: Llama for scalable image generation", arXiv 2406.06525, section 3.1.
 
     Raises:
-        ValueError: pictures too small for the discriminator.
+        ValueError: pictures too small for the discriminator; under a LoRA, codes that move by themselves.
     """
 
     Config = VQGANConfig
@@ -153,6 +154,16 @@ class VQGAN(Objective):
                 f"sample_size={student.shape[1]}: objective.adversarial.discriminator takes pictures of "
                 f"{discriminator.smallest} pixels at least; fewer num_layers take smaller ones"
             )
+        if all(p.requires_grad for p in student.module.parameters()):
+            return
+        for part in student.network.quantizer.modules():  # checkpoints hold no buffers of a network with a LoRA
+            if isinstance(part, VQ) and (
+                part.config.rule == "ema" or part.config.kmeans_init or part.config.restart_threshold
+            ):
+                raise ValueError(
+                    "adapter.kind=lora: codes that move by themselves (rule='ema', kmeans_init, restart_threshold) "
+                    "need adapter.kind=full"
+                )
 
     @classmethod
     def make(cls, config: VQGANConfig, student: Tokenizer, teacher: None, pipe: Any) -> "VQGAN":  # type: ignore[override]
