@@ -40,6 +40,7 @@ class AutoregressivePipeline(DiffusionPipeline):
     def __init__(self, transformer, vqvae=None, codebook: str | None = None):
         super().__init__()
         self.register_modules(transformer=transformer, vqvae=vqvae)
+        Autoregressive.of_pipeline(self)  # refuses a tokenizer of other tokens
         found = None if vqvae is None else fingerprint(vqvae)
         if codebook is not None and found != codebook:
             raise ValueError(
@@ -47,7 +48,6 @@ class AutoregressivePipeline(DiffusionPipeline):
                 "other pictures"
             )
         self.register_to_config(codebook=found)
-        Autoregressive.of_pipeline(self)
 
     @torch.no_grad()
     def __call__(

@@ -5,7 +5,9 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from genkit.autoregressive import Autoregressive
 from genkit.networks.gpt import GPT
+from genkit.networks.tokenizer import ImageTokenizer
 from genkit.pipelines.autoregressive import AutoregressivePipeline
 
 
@@ -14,6 +16,22 @@ def pipe():
     network = GPT(vocab_size=5, sample_size=4, num_classes=3, hidden_size=16, num_layers=1, num_heads=2)
     nn.init.normal_(network.out.weight, std=0.5)
     return AutoregressivePipeline(network.eval())
+
+
+def tokenizer(**quantizer) -> ImageTokenizer:
+    quantizer = quantizer or {"kind": "vq", "codebook_size": 7, "dim": 4, "init": "normal"}
+    return ImageTokenizer(
+        quantizer, in_channels=3, out_channels=3, sample_size=8, block_out_channels=(8, 8), layers_per_block=1,
+        latent_channels=8, norm_num_groups=4,
+    ).eval()  # fmt: skip
+
+
+@pytest.fixture
+def of_tokens():
+    torch.manual_seed(0)
+    network = GPT(vocab_size=7, sample_size=4, num_classes=3, hidden_size=16, num_layers=1, num_heads=2)
+    nn.init.normal_(network.out.weight, std=0.5)
+    return AutoregressivePipeline(network.eval(), tokenizer())
 
 
 def seeds(*numbers):
@@ -51,3 +69,40 @@ def test_saved_and_loaded(pipe, tmp_path):
 def test_bad_input(arguments, text, pipe):
     with pytest.raises(ValueError, match=text):
         pipe(**arguments)
+
+
+def test_tokens_of_a_tokenizer(of_tokens, tmp_path):
+    """A picture is what the tokenizer makes of the tokens drawn, also after a save and a load."""
+    out = of_tokens([0, 2], generator=seeds(1, 2), output_type="pt")
+    assert out.images.shape == (2, 3, 8, 8) and out.network_calls == 16
+    model = Autoregressive.of_pipeline(of_tokens)
+    uniform = torch.stack([torch.rand(16, generator=g, dtype=torch.float64) for g in seeds(1, 2)])
+    tokens = model.sample(uniform, model.encode(None, class_labels=[0, 2]))
+    decoded = of_tokens.vqvae.decode_tokens(tokens.view(-1, 4, 4)).clamp(-1, 1) / 2 + 0.5
+    torch.testing.assert_close(out.images, decoded, rtol=0, atol=1e-6)
+    assert torch.equal(
+        model.tokens(model.pictures(tokens)), of_tokens.vqvae.encode(model.pictures(tokens)).indices.flatten(1)
+    )
+    of_tokens.save_pretrained(tmp_path)
+    loaded = AutoregressivePipeline.from_pretrained(tmp_path)
+    assert torch.equal(loaded([0, 2], generator=seeds(1, 2), output_type="pt").images, out.images)
+
+
+def test_settings_of_the_draw(of_tokens):
+    greedy = [of_tokens([1], temperature=0, generator=seeds(g), output_type="pt").images for g in (1, 2)]
+    assert torch.equal(*greedy)
+    assert torch.equal(of_tokens([1], top_k=1, generator=seeds(3), output_type="pt").images, greedy[0])
+    assert of_tokens([1], guidance_scale=2.0, guidance_end=4, generator=seeds(3)).network_calls == 20
+    with pytest.raises(ValueError, match="top_p=2: expected a share"):
+        of_tokens([1], top_p=2)
+
+
+def test_a_tokenizer_that_does_not_fit(of_tokens):
+    with pytest.raises(ValueError, match="the tokenizer has 9 codes; the network takes one of vocab_size=7 a cell"):
+        AutoregressivePipeline(of_tokens.transformer, tokenizer(kind="vq", codebook_size=9, dim=4))
+    several = tokenizer(kind="grouped", groups=2, dim=4, quantizer={"kind": "vq", "codebook_size": 7})
+    with pytest.raises(ValueError, match=r"the tokenizer has 7 codes, \(2,\) a cell"):
+        AutoregressivePipeline(of_tokens.transformer, several)
+    other = tokenizer(kind="vq", codebook_size=7, dim=4, init="normal", seed=5)
+    with pytest.raises(ValueError, match="was trained on tokens of .* which mean other pictures"):
+        AutoregressivePipeline(of_tokens.transformer, other, codebook=of_tokens.config.codebook)
