@@ -53,7 +53,7 @@ class MaskedAutoregressivePipeline(DiffusionPipeline):
         guidance_scale: float = 1.0,
         guidance_schedule: Literal["linear", "constant"] = "linear",
         temperature: float = 1.0,
-        max_timestep: int = 999,
+        max_timestep: int = 950,
         num_images_per_label: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "pil",
