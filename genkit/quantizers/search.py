@@ -89,7 +89,9 @@ class _Table:
         parts = 0 if measure != "euclidean" else 3 if dtype == torch.bfloat16 else 1
         padded = -(-k // _BLOCK) * _BLOCK
         operand = torch.empty(padded, d + parts, dtype=dtype, device=codebook.device)
-        places: list[tuple[Tensor, ...]] = []
+        # All that stays is made before the loop: between its temporaries it would keep their memory from being reused.
+        start, stride = torch.empty(2, padded // _BLOCK, dtype=torch.int64, device=codebook.device)
+        length, error = offset.new_empty(2, padded // _BLOCK)
         for begin in range(0, padded, chunk):
             part = operand[begin : begin + chunk]
             codes = codebook[begin : begin + chunk]
@@ -102,13 +104,13 @@ class _Table:
             for column in range(d, d + parts):  # float32's digits take three numbers of bfloat16
                 part[:, column] = rest
                 rest -= part[:, column]
-            length = square.sqrt_()
-            error = (codes - part[:, :d]).norm(dim=1) + 8 * torch.finfo(work).eps * length
             per = len(part) // _BLOCK
-            start = torch.arange(begin, begin + per, device=codebook.device)
-            of_block = (start, torch.full_like(start, per))
-            places.append((*of_block, length.view(_BLOCK, per).amax(0), error.view(_BLOCK, per).amax(0)))
-        start, stride, length, error = map(torch.cat, zip(*places, strict=True))
+            blocks = slice(begin // _BLOCK, begin // _BLOCK + per)
+            start[blocks] = torch.arange(begin, begin + per, device=codebook.device)
+            stride[blocks] = per
+            size = square.sqrt_()
+            lost = codes.sub_(part[:, :d]).norm(dim=1) + 8 * torch.finfo(work).eps * size
+            length[blocks], error[blocks] = size.view(_BLOCK, per).amax(0), lost.view(_BLOCK, per).amax(0)
         if not length.isfinite().all() and not codebook.isfinite().all():  # a length may be too large for float32
             raise ValueError("codebook: some values are not finite")
         return cls(codebook, measure, offset, chunk, operand, start, stride, length, error)

@@ -46,7 +46,8 @@ class VQ(CodebookQuantizer):
     Under ``rule="ema"``, with ``g`` the decay, ``n_k <- g n_k + (1 - g) count_k``,
     ``m_k <- g m_k + (1 - g) sum_k z`` and ``c_k = m_k / n~_k``, ``n~ = (n + e) / (sum n + K e) sum n``, ``e = 1e-5``:
     with ``g = 0`` a step of Lloyd's algorithm. There is no codebook loss then. Counts and sums are those of all
-    processes. A code that is restarted takes ``n`` and ``m`` with it, or the next update would undo it.
+    processes. A code that is restarted takes ``n`` and ``m`` with it, or the next update would undo it. Where training
+    averages weights, it averages these codes as well, since an averaged encoder needs averaged codes.
 
     Sources: van den Oord et al., "Neural discrete representation learning", arXiv 1711.00937, eq. 3 and appendix A.1;
     under ``cosine`` Yu et al., "Vector-quantized image modeling with improved VQGAN", arXiv 2110.04627.

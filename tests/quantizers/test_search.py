@@ -189,18 +189,20 @@ def test_equal_codes_do_not_cost_more():
         assert min(_seconds(lambda e=equal: nearest_codes(z, e)) for _ in range(3)) < 3 * usual + 0.02
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is in kilobytes on Linux only")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads what Linux says of a process")
 def test_memory():
     """A matrix of all pairs would take 268 MB."""
     script = """
-import resource, torch
+import re, torch
 torch.set_num_threads(1)
 from genkit.quantizers.search import nearest_codes
 z, codebook = torch.randn(1024, 8), torch.randn(65536, 8)
 nearest_codes(z[:64], codebook[:4096])
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def peak():  # which getrusage would begin with that of the process that started this one
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
+before = peak()
 nearest_codes(z, codebook)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+print(peak() - before)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert int(done.stdout) / 1024 < 60
+    assert 5 < int(done.stdout) / 1024 < 60
