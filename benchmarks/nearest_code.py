@@ -1,9 +1,9 @@
 """What it costs to find the nearest code, beside torch.cdist and vector-quantize-pytorch.
 
 Vectors and codes are normal. Seconds are of one CPU thread (or of a GPU, where there is one), the candidates taking
-turns; the peak is that of a process of its own, beyond its imports, the codebook included. The other library's is the forward
-of its quantizer in eval mode. At 256 channels the product of the matrices is most of the work, of torch.cdist too; ours
-is quicker there on CPUs that multiply bfloat16, whose answers are then made sure of.
+turns. The peak is that of a process of its own, beyond its imports, the codebook included. The other library's is the
+forward of its quantizer in eval mode. At 256 channels the product of the matrices is most of the work, of torch.cdist
+too; ours is quicker there on CPUs that multiply bfloat16, whose answers are then made sure of.
 
 Bounds: at 262,144 codes at least twice as fast as either, with a peak below 1 GB; ours equal to float64's.
 
