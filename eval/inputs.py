@@ -14,6 +14,7 @@ from torch import Tensor
 from genkit.data.base import Source
 from genkit.data.digits import Digits
 from genkit.eval.preparation import Crop, Preparation, preparation
+from genkit.quantizers.usage import CodeUsage
 from genkit.rng import hash_seed
 
 
@@ -31,10 +32,12 @@ class Maker:
     Attributes:
         made_with: its settings, by the names that tables have them under.
         originals: the images that are reconstructed, for one that does that.
+        codes: what :meth:`count_codes` found, once it was asked for.
     """
 
     made_with: dict[str, Any]
     originals: "ImageSet | None" = None
+    codes: CodeUsage | None = None
 
     def network_calls(self) -> float | None:
         """Calls of a denoising network per image, as counted over all processes, which must all ask; None of others."""
@@ -47,6 +50,14 @@ class Maker:
     def start(self, count: int, seed: int) -> tuple[Tensor, Any]:
         """Noise ``(count, ...)``, and conditions from all over the set, for whoever follows the denoiser's flow."""
         raise ValueError(f"{self.made_with['model']} starts from no noise")
+
+    def check_codes(self) -> None:
+        """Raise ``ValueError`` where images do not go through the codes of a tokenizer."""
+        raise ValueError(f"{self.made_with['model']} is no tokenizer whose codes could be counted")
+
+    def count_codes(self) -> CodeUsage:
+        """How often each code stands for a part of an image, over the whole set and all processes, which all ask."""
+        raise NotImplementedError
 
     def evaluating(self) -> contextlib.AbstractContextManager[None]:
         """Within, the networks may be called: they are in evaluation mode, as they were before after it."""

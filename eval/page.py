@@ -7,7 +7,7 @@ from genkit.eval import page_sections as say
 from genkit.eval.blocks import Commands
 from genkit.eval.comparison import Comparison, compare
 from genkit.eval.correlate import FEW
-from genkit.eval.page_images import class_blocks, extreme_blocks, first_blocks
+from genkit.eval.page_images import class_blocks, code_blocks, extreme_blocks, first_blocks
 from genkit.eval.report import Code, Section, write_report
 from genkit.eval.reproduce import install, report_command, run_commands
 from genkit.eval.runs import read_runs
@@ -56,6 +56,7 @@ def sections(made: Comparison, command: str) -> list[Section]:
     for name, blocks in (
         ("Images", first_blocks(made.runs)),
         ("Worst and best", extreme_blocks(made.runs)),
+        ("Codes", code_blocks(made.runs, 100)),
         ("Classes", class_blocks(made.runs)),
     ):
         if blocks:

@@ -45,6 +45,24 @@ def extreme_blocks(runs: Sequence[Run]) -> list[Block | str]:
     return blocks
 
 
+def code_blocks(runs: Sequence[Run], first: int) -> list[Block | str]:
+    """How tokenizers use their codes: a table, and codes from the commonest to the rarest."""
+    from genkit.eval.plots import usage
+
+    shown = [(run, of.tolist()) for run in runs if (of := run.evaluation.code_counts) is not None][:RUNS]
+    if not shown:
+        return []
+    rows = [
+        [run.name, len(of), sum(of), *(run.result.values.get(f"code_{name}") for name in ("usage", "usage_expected"))]
+        + [run.result.values.get("code_perplexity")]
+        for run, of in shown
+    ]
+    heads: list[str | Column] = ["run", "codes", "tokens", Column("codes used", "higher", 4)]
+    heads += [Column("if tokens were uniform", None, 4), Column("perplexity", "higher", 4)]
+    words = "Codes of each run from the commonest to the rarest; those that never occur have no line."
+    return [Table(heads, rows), usage({run.name: of for run, of in shown}, words, first)]
+
+
 def class_blocks(runs: Sequence[Run]) -> list[Block | str]:
     """Values by class: a table of the first run that has some, and of others folded."""
     shown = [run for run in runs if run.result.per_class]

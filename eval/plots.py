@@ -1,7 +1,7 @@
 """Metrics against the settings that were swept: a panel a metric, a line a model."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +45,32 @@ def against(
     ]
     legend = [(COLOURS[k % len(COLOURS)], name) for k, name in enumerate(names)]
     return Drawings(drawn, legend, caption) if drawn else None
+
+
+def usage(counts: Mapping[str, Sequence[int]], caption: str, first: int) -> Drawings:
+    """How often codes occur, over the mean, from the commonest to the rarest; those that never occur have no line."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.6, 2.9))
+    axes = figure.add_axes((0.09, 0.18, 0.89, 0.78))
+    for k, of in enumerate(counts.values()):
+        ordered = sorted(of, reverse=True)
+        mean = sum(ordered) / len(ordered)
+        used = [c / mean for c in ordered if c]
+        share = [(i + 1) / len(ordered) for i in range(len(used))]
+        axes.plot(share, used, "-" if k < len(COLOURS) else "--", color=COLOURS[k % len(COLOURS)], lw=1.8)
+    axes.axhline(1, color=GRID, lw=1)
+    axes.set_yscale("log")
+    axes.set_xlim(0, 1)
+    axes.set_xlabel("share of the codes", color=INK, fontsize=10)
+    axes.tick_params(colors=INK, labelcolor=INK, labelsize=9.5, length=0, which="both")
+    axes.grid(color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side == "bottom")
+        spine.set_color(GRID)
+    legend = [(COLOURS[k % len(COLOURS)], name) for k, name in enumerate(counts)]
+    return Drawings([Drawing(figure, "occurrences of a code over the mean", first)], legend, caption)
 
 
 def _panel(

@@ -13,8 +13,12 @@ from torch import Tensor, nn
 from genkit._files import first_line
 from genkit.eval.inputs import ImageSet, Maker, UnreadableImage, uint8_kind
 from genkit.eval.on_demand import Spool, evaluating
+from genkit.eval.processes import gather, own
 from genkit.latents import compression
 from genkit.networks.tokenizer import ImageTokenizer
+from genkit.quantizers.usage import CodeUsage
+
+_BATCH = 32
 
 
 def reconstructed_images(
@@ -125,10 +129,33 @@ class Reconstruction(Maker):
         images[list(read)] = ((back.nan_to_num() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
         return images, bad
 
-    def _reconstruct(self, x: Tensor) -> Tensor:
+    def check_codes(self) -> None:
+        if not isinstance(self.autoencoder, ImageTokenizer):
+            super().check_codes()
+
+    def count_codes(self) -> CodeUsage:
+        """Of every image that can be read, each once over all processes."""
+        assert self.originals is not None
+        if self.codes is None:
+            usage = CodeUsage(self.autoencoder.quantizer.codebook_size)
+            with evaluating([self.autoencoder]):
+                for items in own(self.originals.n, _BATCH).split(_BATCH):
+                    images = _readable(self.originals, items)
+                    if len(images):
+                        usage.update(self.autoencoder.encode(self._placed(images.float() / 127.5 - 1)).indices)
+            counts = torch.stack(gather(usage.counts)).sum(0)
+            self.codes = CodeUsage(len(counts))
+            self.codes.counts = counts
+        return self.codes
+
+    def _placed(self, x: Tensor) -> Tensor:
         if isinstance(self.autoencoder, nn.Module):
             like = next(self.autoencoder.parameters(), x)
             x = x.to(like.device, like.dtype)
+        return x
+
+    def _reconstruct(self, x: Tensor) -> Tensor:
+        x = self._placed(x)
         if isinstance(self.autoencoder, ImageTokenizer):
             return self.autoencoder(x).sample
         if not hasattr(self.autoencoder, "encode"):
@@ -139,6 +166,17 @@ class Reconstruction(Maker):
         else:
             latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent
         return self.autoencoder.decode(latents, return_dict=False)[0]
+
+
+def _readable(images: ImageSet, items: Tensor) -> Tensor:
+    """Those of ``items`` that can be read."""
+    found = []
+    for item in items.split(1):
+        try:
+            found.append(images.load(item))
+        except UnreadableImage:  # counted and named in the notes
+            continue
+    return torch.cat(found) if found else torch.empty(0)
 
 
 def _first_readable(images: ImageSet) -> int:

@@ -26,7 +26,7 @@ class Evaluation:
     ``best`` ones, extreme first.
 
     ``scores`` has what was measured of every single image, ``(n,)`` by name; ``labels`` ``(n,)`` the classes that they
-    were asked for, where known.
+    were asked for, where known. ``code_counts`` ``(K,)`` says how often a tokenizer used each of its codes.
     """
 
     folder: Path
@@ -34,6 +34,7 @@ class Evaluation:
     images: dict[str, Tensor] = field(default_factory=dict)
     scores: dict[str, Tensor] = field(default_factory=dict)
     labels: Tensor | None = None
+    code_counts: Tensor | None = None
 
     @property
     def ranked(self) -> str | None:
@@ -88,6 +89,8 @@ def save_evaluation(
             chosen = {"first": torch.arange(min(generated.images.n, FIRST)), **extremes(scores)}
             shown = {name: generated.images.load(rows) for name, rows in chosen.items() if len(rows)}
         known = scores if generated.labels is None else {**scores, "labels": generated.labels.long()}
+        if generated.model is not None and generated.model.codes is not None:
+            known = {**known, "code_counts": generated.model.codes.counts}
         _save(folder / IMAGES, shown)
         _save(folder / SCORES, known)
         result.save(folder / RESULT)
@@ -111,5 +114,5 @@ def load_evaluation(folder: str | Path) -> Evaluation:
     if not (folder / RESULT).is_file():
         raise FileNotFoundError(f"{folder}: no {RESULT}, so no evaluation that was finished")
     images, scores = (load_file(folder / name) if (folder / name).is_file() else {} for name in (IMAGES, SCORES))
-    labels = scores.pop("labels", None)
-    return Evaluation(folder, Result.load(folder / RESULT), images, scores, labels)
+    labels, counts = scores.pop("labels", None), scores.pop("code_counts", None)
+    return Evaluation(folder, Result.load(folder / RESULT), images, scores, labels, counts)
