@@ -7,10 +7,11 @@ steps; from 999, as masked autoregression was published, samples of so small a m
 
 The constant schedule is the one that masked autoregression was published with: 100 steps for every token. Annealing
 from T takes half the calls of a constant T at best, of whatever kind; what is saved beyond that, a lower T saves, which
-constant schedules may have, too. The table therefore shows lower constants beside it: 33 takes a third of the calls.
+constant schedules may have, too. The table therefore shows lower constants beside it: 33 takes a third of the calls. On
+digits they do as well: pixels of handwriting are hardly more certain for what is around them.
 
-Bounds: with and without guidance, the best schedule that is annealed and takes at most a third of the constant one's
-calls has a Frechet distance at most 5 % above that one's.
+Bounds: with and without guidance, linear annealing from 50 to 15 takes at least three times fewer calls than the
+constant schedule, at a Frechet distance at most 5 % above.
 
     python benchmarks/disa_digits.py --check
 
@@ -95,8 +96,9 @@ def main() -> None:
         for row in (constant, *others):
             row["times fewer calls"] = constant["head calls"] / row["head calls"]
             row["relative distance"] = row["Frechet distance"] / constant["Frechet distance"]
-        third = [r["relative distance"] for r in others if r["steps"] != "constant" and r["times fewer calls"] >= 3]
-        bounds[f"Frechet distance at a third of the calls, relative, guidance {scale:g}"] = (min(third), 1.05)
+        linear = next(r for r in others if (r["steps"], r["hi"], r["lo"]) == ("linear", 50, 15))
+        bounds[f"share of calls, guidance {scale:g}"] = (1 / linear["times fewer calls"], 1 / 3)
+        bounds[f"relative Frechet distance, guidance {scale:g}"] = (linear["relative distance"], 1.05)
     report("disa_digits", rows, bounds)
 
 
