@@ -9,7 +9,7 @@ from genkit.eval.directions import better, is_shown, with_count
 from genkit.eval.metrics.base import Better
 from genkit.eval.mmhm import METRICS, Direction
 from genkit.eval.result import differences
-from genkit.eval.runs import Run
+from genkit.eval.runs import Run, telling
 from genkit.eval.selection import canonical, rank_rows
 
 WAYS: dict[str, Better] = {"min": "lower", "max": "higher"}
@@ -31,10 +31,14 @@ class Comparison:
         told = (self.ranking or {}).get("metrics", {}).get(name)
         return WAYS[told] if told else "higher" if name == "mmhm" else better(name)
 
+    def crowned(self, name: str) -> Better | None:
+        """Which way the best of a metric is chosen: as it is better, but none is best across protocols."""
+        return None if self.differing else self.better(name)
+
     def head(self, name: str) -> str:
-        """A metric's name, with n where it is a distance of sets."""
-        counts = {run.result.protocol.n_gen for run in self.runs}
-        return "MMHM" if name == "mmhm" else with_count(name, counts.pop() if len(counts) == 1 else None)
+        """A metric's name, with n where it is a distance of sets and all have as many images on both sides."""
+        counts = {(run.result.protocol.n_gen, run.result.protocol.n_real) for run in self.runs}
+        return "MMHM" if name == "mmhm" else with_count(name, counts.pop()[0] if len(counts) == 1 else None)
 
     def values(self, name: str) -> list[float | None]:
         if name == "mmhm":
@@ -44,8 +48,7 @@ class Comparison:
     @cached_property
     def settings(self) -> list[str]:
         """What tells the runs apart."""
-        keys = list(dict.fromkeys(key for run in self.runs for key in run.settings))
-        return [key for key in keys if len({run.settings.get(key) for run in self.runs}) > 1]
+        return telling([run.settings for run in self.runs])
 
     def setting(self, key: str) -> list[Any]:
         """A setting by run; of numbers all are whole or none is."""
@@ -94,6 +97,10 @@ def compare(
         told = ", ".join(lacking)
         why_not = f"There is no MMHM: some runs lack {told}. Others than the published four are named by --mmhm."
     else:
+        for name in lacking:
+            without = [run.name for run in runs if name not in run.result.values]
+            if len(without) < len(runs):
+                raise ValueError(f"mmhm: {name!r} is not among the values of {', '.join(map(repr, without))}")
         rows = [run.row for run in runs]
         ranking = rank_rows(rows, metrics=mmhm or METRICS, force=force)
         runs = [runs[row["mmhm_row"] - 1] for row in ranking["rows"]]

@@ -1,6 +1,6 @@
 """What a page shows of images: the first ones side by side, the worst and the best, and values by class."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from genkit.eval.blocks import Details, Strip, Strips, short
@@ -18,13 +18,28 @@ def first_blocks(runs: Sequence[Run]) -> list[Block | str]:
     if not shown:
         return []
     count = min(IMAGES, max(len(run.evaluation.images["first"]) for run in shown))
-    labels = {_labels(run, count) for run in shown}
-    same = labels.pop() if len(labels) == 1 else None
-    heads = [f"#{i + 1}" + (f" · {same[i]}" if same else "") for i in range(count)]
+    items = _common(_items(run)[:count] for run in shown)
+    labels = _common(_labels(run, count) for run in shown)
+    heads = [
+        " · ".join([*([] if items is None else [f"#{items[i] + 1}"]), *([] if labels is None else [str(labels[i])])])
+        for i in range(count)
+    ]
     rows = [Strip(run.name, run.evaluation.images["first"][:count]) for run in shown[:RUNS]]
-    words = f"The first {count} images of each run: a column is one item"
-    words += ", with the class it was asked for." if same else "."
+    words = f"{count} images of each run" + (": a column is one item" if items else "")
+    words += ", with its number and the class it was asked for." if items and labels else "."
     return [Strips(rows, heads, caption=words + _of(shown))]
+
+
+def _common(found: Iterable[Any]) -> Any:
+    """What all have, or None."""
+    first, *rest = found
+    return first if all(other == first for other in rest) else None
+
+
+def _items(run: Run) -> list[int]:
+    """The numbers of a run's first images; earlier versions showed them as they came."""
+    items = run.evaluation.items
+    return list(range(len(run.evaluation.images["first"]))) if items is None else items.tolist()
 
 
 def extreme_blocks(runs: Sequence[Run]) -> list[Block | str]:
@@ -40,7 +55,10 @@ def extreme_blocks(runs: Sequence[Run]) -> list[Block | str]:
                 of = run.evaluation.scores
                 values = of[score][extremes(of)[side][:EXTREMES]].tolist()
                 rows.append(Strip(run.name, run.evaluation.images[side][:EXTREMES], [short(v) for v in values]))
-            words = f"{score}, which stands below each image, is better where it is {better(score)}." + _of(shown)
+            words = f"{score}, which stands below each image, is better where it is {better(score)}."
+            if score == "realism":
+                words += " From 1 on, an image lies as near to a real one as that one's neighbours (arXiv 1904.06991)."
+            words += _of(shown)
             blocks.append(Strips(rows, title=f"The {side} by {score}", caption=words, folded_after=4))
     return blocks
 
@@ -101,9 +119,9 @@ def _count(name: str, value: float | None) -> Any:
     return int(value) if value is not None and name in ("n_gen", "n_real") else value
 
 
-def _labels(run: Run, count: int) -> tuple[int, ...] | None:
+def _labels(run: Run, count: int) -> list[int] | None:
     labels = run.evaluation.labels
-    return None if labels is None or len(labels) < count else tuple(labels[:count].tolist())
+    return None if labels is None else labels[_items(run)[:count]].tolist()
 
 
 def _of(shown: Sequence[Run]) -> str:

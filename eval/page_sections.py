@@ -1,6 +1,5 @@
 """What the sections of a page say of a comparison, beside its images."""
 
-import re
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -13,8 +12,8 @@ from genkit.eval.plots import Panel, against
 from genkit.eval.report import Block, Cell, Column, ProtocolBlock, Section, Table
 from genkit.eval.result import COMPARED
 from genkit.eval.runs import NO_GUIDER, Run
+from genkit.eval.selection import call_rows
 
-_ROWS = re.compile(r"\brows? (\d+(?:, \d+)*)")
 _NAMES = {"guidance_scale": "guidance", "nfe": "calls"}
 
 
@@ -37,26 +36,33 @@ def summary(made: Comparison) -> list[Block | str]:
     if made.differing:
         told = "; ".join(f"{name}: {' / '.join(map(str, values))}" for name, values in made.differing.items())
         blocks.append(
-            Callout("Protocols differ (--force).", f"These values may not compare. The runs differ in {told}.")
+            Callout(
+                "Protocols differ (--force).",
+                f"These values may not compare, and no winner is named. The runs differ in {told}.",
+            )
         )
-    if len(made.runs) > 1:
+    elif len(made.runs) > 1:
         blocks.append(Cards(_winners(made)))
     # Words are in the runs' names already; numbers are what one sorts by.
     numeric = {key: made.setting(key) for key in made.settings if all(_sorts(v) for v in made.setting(key))}
-    columns: list[str | Column] = ["run", *(_words(key) for key in numeric)]
-    if made.ranking:
-        columns += [Column("MMHM", "higher", 4)]
-    columns += [Column(made.head(name), made.better(name), 4) for name in made.metrics]
-    front = [row["mmhm_pareto"] for row in made.ranking["rows"]] if made.ranking else []
+    other = [key for key in ("n_gen", "n_real", "extractor") if key in made.differing]
+    columns: list[str | Column] = ["run", *([Column("MMHM", made.crowned("mmhm"), 4)] if made.ranking else [])]
+    columns += [key.replace("_", " ") for key in other]
+    columns += [Column(made.head(name), made.crowned(name), 4) for name in made.metrics]
+    columns += [_words(key) for key in numeric]
     rows: list[list[Any]] = []
     for i, run in enumerate(made.runs):
-        row: list[Any] = [run.name, *(values[i] for values in numeric.values())]
+        row: list[Any] = [run.name]
         if made.ranking:
-            row.append(Cell(made.ranking["rows"][i]["mmhm"], "Pareto" if front[i] else ""))
-        rows.append([*row, *(_cell(run, name) for name in made.metrics)])
-    words = "A click on a head sorts. Arrows point to the better way, and the best value of a column is marked."
+            ranked = made.ranking["rows"][i]
+            row.append(Cell(ranked["mmhm"], "Pareto" if ranked["mmhm_pareto"] else ""))
+        row += [_field(run, key) for key in other] + [_cell(run, name) for name in made.metrics]
+        rows.append([*row, *(values[i] for values in numeric.values())])
+    words = "A click on a head sorts."
+    if not made.differing:
+        words += " Arrows point to the better way, and the best value of a column is marked."
     if any(run.result.intervals for run in made.runs):
-        words += " Below values are their bootstrapped 95 % intervals."
+        words += " Below values are their 95 % intervals."
     if made.ranking:
         words += " No other run is as good in every metric of MMHM and better in one, where Pareto is written."
     return [*blocks, Table(columns, rows, words), *filter(None, [made.why_not])]
@@ -94,9 +100,10 @@ def mmhm(made: Comparison, ranking: Mapping[str, Any]) -> list[Block | str]:
     """How MMHM came about, and how far it can be trusted."""
     share, rows = ranking["stability"], ranking["rows"]
     words = (
-        "MMHM is the harmonic mean of the metrics, each scaled to [0, 1] between the worst and the best of these runs."
+        "MMHM is the harmonic mean of the metrics, each scaled to [0, 1] between the worst and the best of these runs, "
+        f"and at most 1 + eps = {1 + ranking['eps']:g}."
     )
-    if share is not None:
+    if share is not None and not made.differing:
         words += f" The winner stays the winner in {share:.0%} of the tables that lack one other run."
     front = sum(row["mmhm_pareto"] for row in rows)
     words += f" {front} of {len(rows)} runs are on the Pareto front, and marked in the summary."
@@ -110,8 +117,8 @@ def mmhm(made: Comparison, ranking: Mapping[str, Any]) -> list[Block | str]:
     )
     columns: list[str | Column] = [
         "run",
-        Column("MMHM", "higher", 4),
-        *(Column(f"u of {name}", "higher") for name in ranking["metrics"]),
+        Column("MMHM", made.crowned("mmhm"), 4),
+        *(Column(f"u of {name}", made.crowned("mmhm")) for name in ranking["metrics"]),
     ]
     scaled = Table(
         columns,
@@ -121,9 +128,8 @@ def mmhm(made: Comparison, ranking: Mapping[str, Any]) -> list[Block | str]:
         ],
     )
     # Rows of a note are those of the table that was ranked, before it was put in order.
-    named = {row["mmhm_row"]: run.name for run, row in zip(made.runs, rows, strict=True)}
-    notes = [note for note in ranking["notes"] if not note.startswith("forced")]
-    notes = [_ROWS.sub(lambda m: ", ".join(f"“{named[int(i)]}”" for i in m[1].split(", ")), note) for note in notes]
+    named = {row["mmhm_row"]: f"“{run.name}”" for run, row in zip(made.runs, rows, strict=True)}
+    notes = call_rows([note for note in ranking["notes"] if not note.startswith("forced")], named)
     return [words, bounds, Details("The scaled metrics u that enter the mean", [scaled]), *map(_sentence, notes)]
 
 
@@ -133,40 +139,33 @@ def plots(made: Comparison) -> list[Section]:
     found: list[Section] = []
     for setting, other in (("steps", "guidance_scale"), ("guidance_scale", "steps")):
         kept = [key for key in made.settings if key not in (setting, other, "nfe")]
-        points = _points(made, kept)
-        series = [name for _, name in points]
-        panels = [_panel(made, name, [i for i, _ in points]) for name in names]
-        x = made.setting(setting)
+        panels = [_panel(made, name) for name in names]
         words = "Arrows point to the better way."
         if other in made.settings:
             words += f" Dots are all runs; a line joins the best of those that differ in {_words(other)} alone."
         if any(run.result.intervals for run in made.runs):
-            words += " Bars are bootstrapped 95 % intervals."
-        drawn = against(_words(setting), [x[i] for i, _ in points], series, panels, words, len(found) * len(panels))
+            words += " Bars are 95 % intervals."
+        x, series = made.setting(setting), _lines(made, kept)
+        drawn = against(_words(setting), x, series, panels, words, len(found) * len(panels))
         if drawn is not None:
             found.append(Section(f"Against {_words(setting)}", [drawn]))
     return found
 
 
-def _points(made: Comparison, kept: list[str]) -> list[tuple[int, str]]:
-    """Runs by number, each with the line that it is on; one without guidance is on those of all guiders like it."""
-    guiders = [g for g in dict.fromkeys(run.settings.get("guider") for run in made.runs) if g not in NO_GUIDER]
+def _lines(made: Comparison, kept: list[str]) -> list[str]:
+    """The line that each run is on; of several guiders those without guidance are on one of their own."""
+    guiders = {run.settings.get("guider") for run in made.runs} - set(NO_GUIDER)
     told = [key for key in kept if key != "guider" or len(guiders) > 1]
 
-    def line(settings: Mapping[str, Any]) -> str:
-        return ", ".join(str(settings[key]) for key in told if settings.get(key) is not None)
+    def word(key: str, value: Any) -> str:
+        return "no guidance" if key == "guider" and value in NO_GUIDER else "" if value is None else str(value)
 
-    found = []
-    for i, run in enumerate(made.runs):
-        stands_for = guiders if "guider" in kept and run.settings.get("guider") in NO_GUIDER and guiders else [None]
-        for guider in stands_for:
-            found.append((i, line(run.settings if guider is None else {**run.settings, "guider": guider})))
-    return found
+    return [", ".join(filter(None, [word(key, run.settings.get(key)) for key in told])) for run in made.runs]
 
 
-def _panel(made: Comparison, name: str, rows: list[int]) -> Panel:
-    values, intervals = made.values(name), [run.result.intervals.get(name) for run in made.runs]
-    return Panel(made.head(name), [values[i] for i in rows], made.better(name), [intervals[i] for i in rows])
+def _panel(made: Comparison, name: str) -> Panel:
+    intervals = [run.result.intervals.get(name) for run in made.runs]
+    return Panel(made.head(name), made.values(name), made.better(name), intervals)
 
 
 def _sentence(note: str) -> str:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,7 +110,7 @@ def _named(found: Sequence[Evaluation]) -> list[Run]:
     ):  # folders by their last name, where that tells them apart
         settings = [one | {"model": _last(str(one["model"]))} if "model" in one else one for one in settings]
     keys = list(dict.fromkeys(key for one in settings for key in one))
-    varying = [key for key in keys if len({one.get(key) for one in settings}) > 1]
+    varying = telling(settings)
     names = [_name(one, varying, evaluation) for one, evaluation in zip(settings, found, strict=True)]
     for more in (lambda e: e.result.protocol.generated, lambda e: e.folder.name):
         doubled = {name for name in names if names.count(name) > 1}
@@ -120,6 +120,18 @@ def _named(found: Sequence[Evaluation]) -> list[Run]:
         ]
     names = [f"{name} #{names[: i + 1].count(name)}" if names.count(name) > 1 else name for i, name in enumerate(names)]
     return [Run(n, e, {k: s.get(k) for k in keys}) for n, e, s in zip(names, found, settings, strict=True)]
+
+
+def telling(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The settings that tell runs apart: those of which several values are known, and a guider that some are without.
+
+    A run of which nothing is known, as of a folder of images, makes none of them differ.
+    """
+
+    def values(key: str) -> set[Any]:
+        return {one.get(key) for one in settings if one.get(key) is not None or (key == "guider" and any(one.values()))}
+
+    return [key for key in dict.fromkeys(key for one in settings for key in one) if len(values(key)) > 1]
 
 
 def _last(path: str) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -18,6 +19,8 @@ ALIASES = {
     "pick_score": ("pick_score", "pickscore"),
 }
 FEW = 5
+_HEADS = {"rank": "mmhm_rank", "row": "mmhm_row", "MMHM": "mmhm"}
+_ROWS = re.compile(r"\brows? (\d+(?:, \d+)*)")
 DIRECTIONS: dict[str | None, Direction] = {"lower": "min", "higher": "max"}
 
 
@@ -243,14 +246,26 @@ def main(
     return result
 
 
-def told(result: Mapping[str, Any]) -> list[str]:
-    """What a ranking says of itself, in lines: bounds, stability and notes."""
-    bounds = ", ".join(f"{name} {b['min']:.6g} to {b['max']:.6g}" for name, b in result["bounds"].items())
+def told(result: Mapping[str, Any], *, ranks: bool = False) -> list[str]:
+    """What a ranking says of itself, in lines: bounds, stability and notes.
+
+    Rows are called by their number in the table that was ranked, or, where nobody has seen it, by their ``ranks``.
+    """
+    called = {
+        row["mmhm_row"]: f"rank {row['mmhm_rank']}" if ranks else f"row {row['mmhm_row']}" for row in result["rows"]
+    }
+    bounds = ", ".join(f"{name} {b['min']:.5g} to {b['max']:.5g}" for name, b in result["bounds"].items())
     share = result["stability"]
     told = [f"bounds{' given' if result['bounds_given'] else ' of these rows'}: {bounds}; eps {result['eps']:g}"]
     if share is not None:
-        told.append(f"stability: row {result['rows'][0]['mmhm_row']} wins in {share:.0%} of tables less another row")
-    return told + [f"note: {note}" for note in result["notes"]]
+        first = called[result["rows"][0]["mmhm_row"]]
+        told.append(f"stability: {first} wins in {share:.0%} of tables less another row")
+    return told + [f"note: {note}" for note in call_rows(result["notes"], called)]
+
+
+def call_rows(notes: Sequence[str], called: Mapping[int, str]) -> list[str]:
+    """Notes of a ranking with its rows, numbered as in the table that was ranked, by other names."""
+    return [_ROWS.sub(lambda m: ", ".join(called[int(i)] for i in m[1].split(", ")), note) for note in notes]
 
 
 def _shown(result: Mapping[str, Any]) -> list[str]:
@@ -260,26 +275,22 @@ def _shown(result: Mapping[str, Any]) -> list[str]:
 
 
 def _print(result: Mapping[str, Any], title: str) -> None:
-    from rich.box import SIMPLE_HEAD
     from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-    from rich.text import Text
 
+    from genkit.eval.terminal import print_rows
+
+    rows = result["rows"]
+    columns = {head: [row[name] for row in rows] for head, name in _HEADS.items()}
     shown = _shown(result)
-    table = Table(
-        title=Text(f"MMHM of {title}"), title_justify="left", box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False
-    )
-    for head in ("rank", "row", "MMHM", *shown, "front"):
-        table.add_column(escape(head), overflow="fold", no_wrap=head == "MMHM")
-    for row in result["rows"]:
-        cells = [
-            f"{cell:.6g}" if isinstance(cell := row.get(k), float) else str("" if cell is None else cell) for k in shown
-        ]
-        front = "yes" if row["mmhm_pareto"] else ""
-        table.add_row(str(row["mmhm_rank"]), str(row["mmhm_row"]), f"{row['mmhm']:.5g}", *map(Text, cells), front)
+    columns |= {name: [_number(row.get(name)) for row in rows] for name in shown}
+    columns["front"] = ["yes" if row["mmhm_pareto"] else "" for row in rows]
     console = Console()
-    console.print(table)
+    print_rows(
+        f"MMHM of {title}",
+        columns,
+        keep=[*_HEADS, "front", *(k for k in shown if canonical(k) in result["metrics"])],
+        console=console,
+    )
     for line in told(result):
         console.print(line, highlight=False, markup=False)
 
@@ -287,7 +298,10 @@ def _print(result: Mapping[str, Any], title: str) -> None:
 def _write_html(path: str | Path, result: Mapping[str, Any], title: str) -> None:
     from genkit.eval.report import Block, Column, ProtocolBlock, Section, Table, write_report
 
-    shown = _shown(result)
+    every = _shown(result)
+    shown = [
+        k for k in every if canonical(k) in result["metrics"] or len({str(row.get(k)) for row in result["rows"]}) > 1
+    ]
     heads: list[str | Column] = ["rank", "row", Column("MMHM", "higher", 5), *shown]
     heads += [Column(f"u of {name}", "higher") for name in result["metrics"]] + ["on the Pareto front"]
     rows = [
@@ -298,7 +312,8 @@ def _write_html(path: str | Path, result: Mapping[str, Any], title: str) -> None
     ]
     blocks: list[Block | str] = [Table(heads, rows), *told(result)]
     settings = {name: result[name] for name in ("metrics", "weights", "eps", "bounds", "clip", "forced")}
-    made = {k: v for k, v in (settings | protocol(result["rows"][0])).items() if v is not None}
+    same = {name: _number(result["rows"][0].get(name)) for name in every if name not in shown}
+    made = {k: v for k, v in (settings | same | protocol(result["rows"][0])).items() if v is not None}
     write_report(path, f"MMHM of {title}", Section("Ranking", blocks), Section("Protocol", [ProtocolBlock(made)]))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from genkit.eval.directions import is_shown
 from genkit.eval.mmhm import METRICS
 from genkit.eval.result import Result, differences
-from genkit.eval.selection import ALIASES, parse_metrics, rank_rows, told
+from genkit.eval.selection import ALIASES, canonical, parse_metrics, rank_rows, told
 from genkit.eval.tables import Row, find_column, protocol, row_of, write_csv
 
 # What measures the metrics of the published MMHM.
@@ -93,29 +93,20 @@ def show_table(
 
 
 def _print(found: Mapping[str, Any], folder: Path) -> None:
-    from rich.box import SIMPLE_HEAD
     from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
+
+    from genkit.eval.terminal import print_rows
 
     rows = found["rows"]
     ranked = bool(rows) and "mmhm" in rows[0]
-    names = {"mmhm_rank": "rank", "mmhm_row": "row", "mmhm": "MMHM"} if ranked else {}
     every = dict.fromkeys(name for row in rows for name in row)
-    varying = [name for name in every if len({str(row.get(name)) for row in rows}) > 1]
-    names |= {k: k.replace("_", " ") for k in _SETTINGS if k in every and (k in varying or k == "steps")}
-    names |= {k: k.replace("_", " ") for k in every if is_shown(k)}
-    shown = Table(title=Text(str(folder)), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    columns = [[_cell(row.get(name)) for row in rows] for name in names]
-    for head, column in zip(names.values(), columns, strict=True):
-        shown.add_column(Text(head), overflow="fold", min_width=max(map(len, column), default=1))
-    for row in zip(*columns, strict=True):
-        shown.add_row(*row)
+    names = {"mmhm_rank": "rank", "mmhm": "MMHM"} if ranked else {}
+    names |= {k: k.replace("_", " ") for k in _SETTINGS if k in every}
+    metrics = {k: k for k in every if canonical(k) in found.get("metrics", {})}
+    names |= metrics | {k: k for k in every if is_shown(k)}
     console = Console()
-    console.print(shown)
-    for line in told(found) if ranked else [f"note: {note}" for note in found["notes"]]:
+    columns = {head: [row.get(name) for row in rows] for name, head in names.items()}
+    if rows:
+        print_rows(str(folder), columns, keep=["rank", "MMHM", "steps", *metrics], console=console)
+    for line in told(found, ranks=True) if ranked else [f"note: {note}" for note in found["notes"]]:
         console.print(line, highlight=False, markup=False)
-
-
-def _cell(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)

@@ -12,12 +12,23 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 
 def contiguous(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The tensors as safetensors takes them."""
     return {key: value.detach().contiguous() for key, value in tensors.items()}
+
+
+def save_tensors(file: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file in one move, readable to whom new files here are: safetensors' own are the user's alone."""
+    partial = file.with_name(file.name + ".partial")
+    partial.touch()
+    mode = partial.stat().st_mode
+    save_file(contiguous(tensors), partial, metadata)
+    partial.chmod(mode)
+    os.replace(partial, file)
 
 
 @contextmanager

@@ -100,6 +100,25 @@ def test_names_say_what_differs(folder, results, tmp_path):
     assert len(set(names)) == 2
 
 
+def test_a_run_of_which_nothing_is_known_makes_no_name_longer(folder, results):
+    change(results[0], made_with={})
+    found = json.loads(results[0].read_text())
+    results[0].write_text(json.dumps({**found, "made_with": {}, "nfe": None}))
+    runs, _ = read_runs([folder, results[0]])
+    steps = ("1 step", "4 steps", "25 steps")
+    assert {r.name for r in runs[:6]} == {f"{s}, guidance 1" for s in steps} | {f"cfg, {s}, guidance 3" for s in steps}
+    assert runs[6].name == found["protocol"]["generated"]
+
+
+def test_a_run_that_lacks_a_metric_of_mmhm_is_named(results):
+    found = json.loads(results[2].read_text())
+    del found["values"]["recall"]
+    results[2].write_text(json.dumps(found))
+    runs, _ = read_runs(results)
+    with pytest.raises(ValueError, match=f"mmhm: 'recall' is not among the values of '{runs[2].name}'$"):
+        compare(runs, mmhm=parse_metrics("frechet_distance,recall"))
+
+
 def test_cells_that_are_not_finished_are_counted(folder, tmp_path):
     copy = tmp_path / "sweep"
     shutil.copytree(folder, copy)
@@ -117,7 +136,12 @@ def test_other_protocols_are_refused_unless_forced(results, tmp_path):
     page = main(results, tmp_path / "p.html", metrics="frechet_distance", mmhm=MMHM, force=True, quiet=True)
     html = page.read_text("utf-8")
     told = text(html)
-    assert "Protocols differ (--force). These values may not compare. The runs differ in n_gen: 50000 / 130." in told
+    assert (
+        "Protocols differ (--force). These values may not compare, and no winner is named. The runs differ in" in told
+    )
+    assert "n_gen: 50000 / 130." in told and 'class="best"' not in html.split("<h2>Correlations")[0]
+    assert "Winner" not in told.split("Correlations")[1]
+    assert "n gen" in told and '<td data-number="50000">50,000</td>' in html
     assert "6 evaluations of different protocols" in told and "What the protocols differ in." in told
     assert "frechet_distance ↓" in told and "frechet_distance@" not in told and "--force" in told.split("Reproduce")[-1]
 
@@ -161,12 +185,37 @@ def test_lines_join_the_best_and_those_without_guidance(folder):
     assert plots(compare(runs[:1])) == []
 
 
+def test_without_guidance_is_a_line_of_its_own_beside_two_guiders(results):
+    for path in results:
+        if json.loads(path.read_text())["made_with"]["guider"] == "cfg":
+            twin = path.with_name("apg-" + path.name)
+            shutil.copy(path, twin)
+            change(twin, made_with={"guider": "apg"})
+    runs, _ = read_runs(sorted(results[0].parent.glob("*.json")))
+    steps, guidance = (section.blocks[0] for section in plots(compare(runs, metrics=["frechet_distance"])))
+    for drawn in (steps, guidance):
+        assert {name for _, name in drawn.legend} == {"no guidance", "cfg", "apg"}
+    lines = [line for line in guidance.items[0].figure.axes[0].lines if line.get_linestyle() == "-"]
+    places = {name: line.get_xdata() for (_, name), line in zip(guidance.legend, lines, strict=True)}
+    assert {name: list(x) for name, x in places.items()} == {"no guidance": [1], "cfg": [3], "apg": [3]}
+
+
+def test_images_of_other_items_are_not_said_to_be_the_same(folder):
+    one, two = read_runs([folder])[0][:2]
+    other = replace(two, evaluation=replace(two.evaluation, items=two.evaluation.items.flip(0)))
+    (strips,) = first_blocks([one, other])
+    assert set(strips.heads) == {""} and "one item" not in strips.caption
+
+
 def test_images_are_the_first_of_each_and_folded_beyond_eight(folder):
     runs, _ = read_runs([folder])
     (strips,) = first_blocks(runs)
     assert len(strips.rows) == 6 and len(strips.parts) == 1
     labels = runs[0].evaluation.labels
-    assert list(strips.heads) == [f"#{i + 1} · {labels[i]}" for i in range(10)]
+    items = runs[0].evaluation.items[:10].tolist()
+    assert list(strips.heads) == [f"#{i + 1} · {labels[i]}" for i in items] and labels[items].tolist() == list(
+        range(10)
+    )
     assert torch.equal(strips.rows[3].images, runs[3].evaluation.images["first"][:10])
     many = first_blocks(runs * 2)[0]
     assert [len(part) for part in many.parts] == [8, 4]
@@ -202,7 +251,7 @@ def test_commands_measure_the_same_again(folder):
         (["list.json"], "list.json: not a result of an evaluation"),
         (["empty"], "empty: a sweep of which no cell is finished"),
         (["good.json", "good.json"], "good.json: named twice"),
-        (["good.json", "--mmhm", "sharpness"], "expected NAME:min or NAME:max"),
+        (["good.json", "--mmhm", "no metric"], "expected NAME:min or NAME:max"),
         (["good.json", "--metrics", "fid"], "no run has 'fid'"),
         (["good.json", "--html", "no/p.html"], "does not exist"),
         (["good.json", "--html", "good.json"], "would overwrite"),

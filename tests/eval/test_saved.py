@@ -7,7 +7,7 @@ from genkit.eval.metrics.frechet import frechet_distance
 from genkit.eval.metrics.realism import Realism
 from genkit.eval.per_class import per_class
 from genkit.eval.run import evaluate, measure
-from genkit.eval.saved import EXTREMES, FIRST, IMAGES, RESULT, extremes, load_evaluation, ranking_score
+from genkit.eval.saved import EXTREMES, FIRST, IMAGES, RESULT, extremes, first_items, load_evaluation, ranking_score
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def test_a_folder_has_what_a_report_needs(halves, tmp_path):
     assert sorted(p.name for p in (tmp_path / "e").iterdir()) == [
         "images.safetensors", "result.json", "scores.safetensors"
     ]  # fmt: skip
-    assert torch.equal(found.images["first"], z[:FIRST]) and torch.equal(found.labels, labels)
+    assert torch.equal(found.images["first"], z[first_items(len(z), labels)]) and torch.equal(found.labels, labels)
     assert set(found.scores) == {"realism", "contrast"} and all(s.dtype == torch.float64 for s in found.scores.values())
     assert found.scores["contrast"].mean().item() == pytest.approx(result.values["contrast"], rel=1e-12)
     worst, best = extremes(found.scores)["worst"], extremes(found.scores)["best"]
@@ -116,10 +116,37 @@ def test_what_was_interrupted_is_not_whole(halves, tmp_path, monkeypatch):
     def killed(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("genkit.eval.saved.save_file", killed)
+    monkeypatch.setattr("genkit._files.save_file", killed)
     with pytest.raises(KeyboardInterrupt):
         evaluate(None, halves[1][0], metrics=["contrast"], output=tmp_path, quiet=True)
     assert not (tmp_path / RESULT).exists() and (tmp_path / IMAGES).exists()
+
+
+def test_other_settings_are_refused_and_the_same_overwritten(halves, tmp_path, monkeypatch):
+    def run(**settings):
+        return evaluate(None, halves[1], output=tmp_path, quiet=True, **{"metrics": ["accuracy"], **settings})
+
+    first = run(made_with={"steps": 4}, seed=0)
+    assert run(made_with={"steps": 4}, seed=0) == first
+    before = (tmp_path / RESULT).read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr("genkit.eval.run.measure", lambda *args, **kwargs: pytest.fail("work had started"))
+        for settings, told in (
+            ({"made_with": {"steps": 8}}, r"made_with was \{'steps': 4\}, now \{'steps': 8\}"),
+            ({"made_with": {"steps": 4}, "seed": 1}, "seed was 0, now 1"),
+            ({"made_with": {"steps": 4}, "metrics": ["contrast"]}, "metrics was {'accuracy': {}}, now {'contrast': {}}"),
+            ({"made_with": {"steps": 4}, "metrics": ["contrast"], "extractor": "none"}, "extractor was 'digits/"),
+        ):
+            with pytest.raises(ValueError, match=f"holds an evaluation of other settings .*{told}"):
+                run(**settings)
+    with pytest.raises(ValueError, match=r"other settings \(n_gen was 898, now 500\)"):
+        run(made_with={"steps": 4}, n=500)
+    assert (tmp_path / RESULT).read_bytes() == before
+
+
+def test_others_can_read_the_files(halves, tmp_path):
+    evaluate(None, halves[1][0], metrics=["contrast"], output=tmp_path, quiet=True)
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1  # of JSON written by Python, by the umask
 
 
 def test_the_same_twice_gives_the_same_bytes(halves, tmp_path):
@@ -127,3 +154,15 @@ def test_the_same_twice_gives_the_same_bytes(halves, tmp_path):
         evaluate(*halves, output=tmp_path / name, metrics=["accuracy"], quiet=True)
     for path in (tmp_path / "a").iterdir():
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
+
+
+def test_the_first_images_are_of_all_classes():
+    digits = torch.arange(10).repeat_interleave(20)  # sorted, as folders by class are
+    items = first_items(200, digits)
+    assert digits[items].tolist() == [*range(10)] * 6 + [0, 1, 2, 3] and items[:12].tolist()[::10] == [0, 1]
+    many = torch.arange(1000).repeat_interleave(5)
+    shown = many[first_items(5000, many)]
+    assert len(shown.unique()) == FIRST and shown[:10].max() > 500
+    assert torch.equal(first_items(5000, many), first_items(5000, many.clone()))
+    assert first_items(5, torch.tensor([2, 2, 1, 2, 1])).tolist() == [2, 0, 4, 1, 3]
+    assert torch.equal(first_items(200, None), torch.arange(FIRST))
