@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -12,12 +13,13 @@ from numpy.typing import NDArray
 from genkit.eval.directions import better, is_shown
 from genkit.eval.mmhm import METRICS, Direction
 from genkit.eval.result import differences
-from genkit.eval.runs import read_runs
+from genkit.eval.runs import read_table
 from genkit.eval.selection import ALIASES, canonical, parse_metrics, rank_rows
-from genkit.eval.tables import Row, find_column, numbers, protocol, read_rows
+from genkit.eval.tables import Row, find_column, numbers, protocol
 
 Method = Literal["pearson", "spearman"]
 FEW = 3
+MANY = 10
 
 
 def correlations(columns: Mapping[str, Sequence[float]], method: Method = "pearson") -> NDArray[np.float64]:
@@ -101,10 +103,17 @@ def correlate(
             notes.append(f"{name} is left out: it has one value in all rows")
             continue
         columns[name] = values
+    if metrics is None and (lacking := [name for name in mmhm if name not in map(canonical, _heads(rows))]):
+        notes.append(f"mmhm is left out: there is no column {', '.join(lacking)}")
     matrix = correlations(columns, method)
     ways = {name: "higher" if name == "mmhm" else better(name) for name in columns}
     if "lower" in ways.values() and "higher" in ways.values():
         notes.append("of a metric where lower and one where higher is better, agreement is a negative value")
+    if len(rows) < MANY:
+        notes.append(
+            f"{len(rows)} rows are few: of two metrics that have nothing in common, one time in 20 they give more than "
+            f"{_by_chance(len(rows)):.2f}"
+        )
     return {
         "method": method,
         "rows": len(rows),
@@ -117,17 +126,29 @@ def correlate(
     }
 
 
+def _by_chance(n: int) -> float:
+    """What ``|r|`` of n independent normal pairs exceeds with probability 0.05: ``r = t / sqrt(n - 2 + t^2)``."""
+    from scipy.stats import t
+
+    quantile = float(t.ppf(0.975, n - 2))
+    return quantile / math.sqrt(n - 2 + quantile**2)
+
+
 def _known(rows: Sequence[Row], mmhm: Mapping[str, Direction]) -> list[str]:
-    there = list(dict.fromkeys(canonical(column) for row in rows for column in row))
+    there = list(dict.fromkeys(map(canonical, _heads(rows))))
     four = [name for name in mmhm if name in there]
     rest = [name for name in there if name not in mmhm and is_shown(name) and better(name) is not None]
     return four + (["mmhm"] if len(four) == len(mmhm) else []) + rest
 
 
+def _heads(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(column for row in rows for column in row))
+
+
 def _column(rows: Sequence[Row], name: str) -> str:
     column = find_column(rows, ALIASES.get(name, (name,)))
     if column is None:
-        there = ", ".join(dict.fromkeys(column for row in rows for column in row))
+        there = ", ".join(_heads(rows))
         raise ValueError(f"metrics: no column {name!r}. There are: {there}")
     return column
 
@@ -161,12 +182,9 @@ def main(
     rows: list[Row] = []
     notes: list[str] = []
     for table in tables:
-        if Path(table).is_dir():
-            runs, more = read_runs([table])
-            rows += [run.row for run in runs]
-            notes += more
-        else:
-            rows += read_rows(table)
+        more_rows, more_notes = read_table(table)
+        rows += more_rows
+        notes += more_notes
     result = correlate(
         rows,
         metrics=None if metrics is None else metrics.split(","),

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from genkit.eval.result import Result
 from genkit.eval.saved import RESULT, Evaluation, load_evaluation
-from genkit.eval.tables import Row, row_of
+from genkit.eval.tables import Row, read_rows, row_of
 
 CELLS = "cells"
 NO_GUIDER = (None, "none")
@@ -80,6 +80,14 @@ def read_runs(paths: Sequence[str | Path]) -> tuple[list[Run], list[str]]:
             raise ValueError(f"{evaluation.folder}: named twice")
         seen.add(where)
     return _named(found), notes
+
+
+def read_table(path: str | Path) -> tuple[list[Row], list[str]]:
+    """Rows of a table (:func:`genkit.eval.tables.read_rows`), or of the runs of a folder, and the notes on these."""
+    if not Path(path).is_dir():
+        return read_rows(path), []
+    runs, notes = read_runs([path])
+    return [run.row for run in runs], notes
 
 
 def _load(path: Path) -> Result:

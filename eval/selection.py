@@ -10,7 +10,8 @@ from typing import Any, cast
 from genkit.eval.directions import better
 from genkit.eval.mmhm import METRICS, Direction, comparable, mmhm, pareto_front, ranking, stability
 from genkit.eval.result import differences
-from genkit.eval.tables import Row, find_column, numbers, plain, protocol, read_rows, write_csv
+from genkit.eval.runs import read_table
+from genkit.eval.tables import Row, find_column, numbers, plain, protocol, write_csv
 
 ALIASES = {
     "fid": ("fid",),
@@ -210,7 +211,8 @@ def main(
     html_path: str | Path | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """Rank the rows of ``table``, print them unless ``quiet``, and write the files asked for; see ``rank_rows``."""
+    """Rank the rows of ``table``, a file or a sweep's folder, print unless ``quiet``, write the files asked for; see
+    ``rank_rows``."""
     for path in (json_path, csv_path, html_path):
         if path is None:
             continue
@@ -221,7 +223,7 @@ def main(
     stored, protocols = (None, []) if bounds is None else read_bounds(bounds)
     chosen = METRICS if metrics is None else parse_metrics(metrics)
     weighted = None if weights is None else parse_weights(weights)
-    rows = read_rows(table)
+    rows, notes = read_table(table)
     try:
         result = rank_rows(
             rows,
@@ -235,6 +237,7 @@ def main(
         )
     except ValueError as error:
         raise ValueError(f"{table}: {error}") from error
+    result["notes"] += notes
     if json_path is not None:
         Path(json_path).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     if csv_path is not None:

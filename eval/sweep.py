@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.utils.logging import disable_progress_bar
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from genkit._diffusers import without_loading_bars
 from genkit.adapters import parse_adapter
 from genkit.eval.asked import Asked, evenly, matched
 from genkit.eval.cells import Cell, cells
@@ -283,9 +283,10 @@ def main(
         "schedulers": [] if scheduler is None else split(scheduler),
     }
     check_table(mmhm)
-    disable_progress_bar()  # Diffusers' own, of loading
     where = join(device)
-    folder, failed = Sweep(model, reference, output, device=where, quiet=quiet, **settings).run(**axes)
+    with without_loading_bars():
+        asked = Sweep(model, reference, output, device=where, quiet=quiet, **settings)
+    folder, failed = asked.run(**axes)
     found = table(folder.results(), mmhm=mmhm, force=force)
     if rank_and_count()[0] == 0:
         write(folder.folder / "results.json", json.dumps(found, indent=2) + "\n")

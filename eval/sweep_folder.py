@@ -54,7 +54,8 @@ class SweepFolder:
             raise ValueError(f"output={str(folder)!r} is not empty and holds no {SETTINGS} of an earlier sweep")
         wait()  # until all have looked
         if first_process():
-            for left in self.folder.glob(f"{_SPOOL}*"):  # by a sweep that was killed while it was checked
+            # By a sweep that was killed while it was checked, or when the result of a cell had just been written.
+            for left in [*self.folder.glob(f"{_SPOOL}*"), *self.folder.glob(f"{CELLS}/*/{_SPOOL}*")]:
                 shutil.rmtree(left, ignore_errors=True)
             if not file.is_file():
                 write(file, json.dumps(wanted, indent=2, ensure_ascii=False) + "\n")

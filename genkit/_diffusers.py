@@ -13,6 +13,7 @@ from diffusers import ComponentSpec
 from diffusers.configuration_utils import FrozenDict
 from diffusers.guiders import BaseGuidance
 from diffusers.guiders.guider_utils import GuiderOutput
+from diffusers.utils import logging as logging_of_diffusers
 
 __all__ = [
     "GuiderOutput",
@@ -24,6 +25,7 @@ __all__ = [
     "quiet_construction",
     "restore_component",
     "set_config",
+    "without_loading_bars",
     "without_progress_bars",
 ]
 
@@ -81,6 +83,22 @@ def quiet_construction() -> Iterator[None]:
         yield
     finally:
         logger.disabled = before
+
+
+@contextmanager
+def without_loading_bars() -> Iterator[None]:
+    """Pipelines, and the networks of Transformers in them, are loaded without bars; after it all is as before."""
+    from transformers.utils import logging as transformers_logging
+
+    libraries = (logging_of_diffusers, transformers_logging)
+    shown = [library for library in libraries if library.is_progress_bar_enabled()]
+    for library in shown:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library in shown:
+            library.enable_progress_bar()
 
 
 @contextmanager

@@ -104,6 +104,7 @@ class Watch:
         self._side: ImageSet | FeatureSet = side
         self.real: FeatureSet | None = None if isinstance(side, ImageSet) else side
         self._run: tuple[dict[str, Any], Run] | None = None
+        self._told: set[str] = set()  # notes, each logged once
 
     # -- the checkpoints -----------------------------------------------------------------------------------------
 
@@ -130,6 +131,10 @@ class Watch:
             new.append(row)
             values = ", ".join(f"{name} {value:.5g}" for name, value in row["values"].items() if better(name))
             logger.info("step %d, %s inference steps: %s", step, row.get("made_with", {}).get("steps"), values)
+            for note in row["notes"]:
+                if note not in self._told:
+                    logger.info("note: %s", note)
+            self._told.update(row["notes"])
         return new
 
     def finished(self) -> bool:
@@ -148,6 +153,8 @@ class Watch:
 
     def follow(self, poll: float) -> None:
         """Evaluate what comes until the training has ended, looking every ``poll`` seconds."""
+        if not checkpoint.found(self.run_dir):
+            logger.info("no checkpoint in %s yet; looking every %g seconds", self.run_dir, poll)
         while True:
             ended = self.finished()  # asked first: what was written before the end is then evaluated
             self.once()
@@ -285,7 +292,7 @@ def main(
     """The command: follow the run until it ends or Ctrl-C; ``once``: evaluate what is there.
 
     Raises:
-        ValueError, FileNotFoundError: as :class:`Watch`.
+        ValueError, FileNotFoundError: as :class:`Watch`; with ``once``, a folder without checkpoints.
     """
     if not poll > 0:
         raise ValueError(f"poll={poll}: must be more than 0 seconds")
@@ -297,9 +304,14 @@ def main(
     logger.setLevel(logging.WARNING if quiet else logging.INFO)
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     watch = Watch(run_dir, reference, steps=counts, device=where, **settings)
+    if once and not checkpoint.found(run_dir):
+        raise FileNotFoundError(f"{run_dir}: no checkpoint-N below; accepted is the output_dir of a training with one")
     try:
         watch.once() if once else watch.follow(poll)
     except KeyboardInterrupt:
         logger.info("stopped; called again, it goes on")
     if not quiet and (run_dir / BEST).is_file():
-        print(f"{run_dir / BEST}: {' '.join((run_dir / BEST).read_text(encoding='utf-8').split())}")
+        best = json.loads((run_dir / BEST).read_text(encoding="utf-8"))
+        k = best["num_inference_steps"]
+        told = f"best: {best['metric']} {best['value']:.5g} of {best['checkpoint']}"
+        print(f"{told}{'' if k is None else f', {k} inference steps'} ({run_dir / BEST})")

@@ -51,7 +51,11 @@ def test_mmhm_is_that_of_the_same_rows(rows):
     assert got["better"] == {"fid": "lower"} | dict.fromkeys([*FOUR[1:], "mmhm"], "higher")
     assert "agreement is a negative value" in got["notes"][0]
     named = correlate(rows, metrics=["Pick Score", "mmhm"])
-    assert named["metrics"] == ["pick_score", "mmhm"] and named["notes"] == []
+    assert named["metrics"] == ["pick_score", "mmhm"]
+    assert named["notes"] == [
+        "9 rows are few: of two metrics that have nothing in common, one time in 20 they give more than 0.67"
+    ]
+    assert not any("few" in note for note in correlate(rows * 2)["notes"])
     assert named["matrix"][0][1] == pytest.approx(got["matrix"][3][4])
 
 
@@ -74,6 +78,25 @@ def test_columns_that_cannot_correlate_are_noted_or_refused(rows):
     del rows[2]["fid"]
     with pytest.raises(ValueError, match="row 3, column 'fid': empty"):
         correlate(rows, metrics=["mmhm", "pick_score"])
+
+
+def test_columns_that_mmhm_lacks_are_named(rows):
+    for row in rows:
+        del row["fid"], row["pick_score"]
+    got = correlate(rows)
+    assert got["metrics"] == ["inception_score", "clip_score"]
+    assert got["notes"][0] == "mmhm is left out: there is no column fid, pick_score"
+    assert all("left out" not in note for note in correlate(rows, metrics=["is", "clip"])["notes"])
+
+
+def test_chance_is_that_of_independent_pairs():
+    from genkit.eval.correlate import _by_chance
+
+    for n in (3, 5, 9):
+        z = np.random.default_rng(n).normal(size=(20_000, 2, n))
+        z -= z.mean(-1, keepdims=True)
+        r = (z[:, 0] * z[:, 1]).sum(-1) / np.sqrt((z**2).sum(-1).prod(-1))
+        assert (abs(r) > _by_chance(n)).mean() == pytest.approx(0.05, abs=0.006)
 
 
 def test_too_few_rows_and_bad_values():
@@ -127,7 +150,7 @@ def test_command(rows, tmp_path):
         (["t.csv", "--json", "absent/o.json"], "does not exist"),
         (["t.csv", "--csv", "t.csv"], "would overwrite"),
         (["t.csv", "--method", "kendall"], "method='kendall'"),
-        (["t.csv", "--mmhm", "fid,sharpness"], "expected NAME:min"),
+        (["t.csv", "--mmhm", "fid,no metric"], "expected NAME:min"),
     ],
 )
 def test_bad_arguments(arguments, message, tmp_path, monkeypatch):

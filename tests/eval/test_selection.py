@@ -196,7 +196,7 @@ def test_other_metrics_and_weights(tmp_path):
     assert rank_rows(rows, metrics={"Lpips": "min", "PSNR": "max"}, eps=0.1)["bounds"]["PSNR"] == {"min": 20, "max": 30}
     assert parse_metrics("clip, IS:min") == {"clip_score": "max", "inception_score": "min"}
     assert parse_metrics("fd_dinov2,psnr,recall") == {"fd_dinov2": "min", "psnr": "max", "recall": "max"}
-    for text in ("sharpness", "lpips:low", "", "fid,fid", "saturation"):
+    for text in ("no metric", "lpips:low", "", "fid,fid", "saturation"):
         with pytest.raises(ValueError, match="metrics: "):
             parse_metrics(text)
     for text in ("fid", "fid=much", "clip=1,clip_score=2"):
@@ -261,3 +261,21 @@ def test_csv_cells_may_hold_line_breaks_and_commas(tmp_path):
 def test_a_spreadsheets_mark_before_the_head_is_no_part_of_it(tmp_path):
     (tmp_path / "t.csv").write_bytes(b"\xef\xbb\xbffid,n\r\n1,2\r\n")
     assert read_rows(tmp_path / "t.csv") == [{"fid": "1", "n": "2"}]
+
+
+def test_a_folder_of_a_sweep_is_ranked_as_its_table(tmp_path):
+    for name, value in {"a": 1.0, "b": 0.5, "c": 0.9}.items():
+        protocol = Protocol(
+            extractor="none", reference=None, generated=name, n_real=None, n_gen=9, metrics={}, seed=0, device="cpu",
+            versions={},
+        )  # fmt: skip
+        result = Result(values={"psnr": value}, protocol=protocol, made_with={"model": "m", "steps": 4})
+        (tmp_path / "sweep" / "cells" / name).mkdir(parents=True)
+        result.save(tmp_path / "sweep" / "cells" / name / "result.json")
+    (tmp_path / "sweep" / "cells" / "d").mkdir()
+    out = call(tmp_path / "sweep", "--metrics", "psnr", "--json", tmp_path / "r.json")
+    assert out.exit_code == 0, out.output
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert [row["generated"] for row in found["rows"]] == ["a", "c", "b"]
+    assert "the same in all rows: model m, steps 4" in out.output and "stability: row 1 wins" in out.output
+    assert "1 of 4 cells" in out.output

@@ -7,7 +7,6 @@ import json
 import multiprocessing
 import os
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -159,19 +158,42 @@ def test_a_killed_sweep_goes_on(model, whole, tmp_path, made, batches):
     assert files(tmp_path / "sweep") == files(whole)
 
 
+def _killed_at(model, output, event):
+    """Kills itself at one of the moments at which what is on the disk is about to change, or has just done so."""
+    count = 0
+
+    def fatal(function):
+        def counted(*args, **kwargs):
+            nonlocal count
+            for before in (True, False):
+                count += 1
+                if count == event:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                if before:
+                    found = function(*args, **kwargs)
+            return found
+
+        return counted
+
+    generated.Model.make, os.replace = fatal(generated.Model.make), fatal(os.replace)
+    Path.unlink, Path.mkdir = fatal(Path.unlink), fatal(Path.mkdir)
+    run(model, output)
+
+
 @pytest.mark.slow
-def test_a_sweep_killed_at_random_loses_and_doubles_nothing(model, whole, tmp_path):
-    random, kills = torch.Generator().manual_seed(int(time.time())), 0
-    for _ in range(100):
-        process = multiprocessing.get_context("fork").Process(target=_killed, args=(model, tmp_path / "sweep", 0))
+@pytest.mark.parametrize("first", [1, 2, 3])
+def test_a_sweep_killed_again_and_again_loses_and_doubles_nothing(model, whole, tmp_path, first):
+    """Each time one, two ... moments later than before, so that every stage is hit, and each goes a little further."""
+    event, codes = first, []
+    while not codes or codes[-1] != 0:
+        process = multiprocessing.get_context("fork").Process(
+            target=_killed_at, args=(model, tmp_path / "sweep", event)
+        )
         process.start()
-        process.join(0.02 + 0.8 * torch.rand((), generator=random).item())
-        if process.exitcode is not None:
-            break
-        process.kill()
         process.join()
-        kills += 1
-    assert process.exitcode == 0 and kills > 0
+        codes.append(process.exitcode)
+        event += 3
+    assert len(codes) > 4 and set(codes[:-1]) == {-signal.SIGKILL}
     assert files(tmp_path / "sweep") == files(whole)
 
 

@@ -189,6 +189,21 @@ def test_the_command(folder):
     call = f"eval watch {folder} digits --once --steps 1 -n 30 --best frechet_distance --device cpu"
     done = CliRunner().invoke(cli.app, call.split())
     assert done.exit_code == 0 and "frechet_distance" in done.output, done.output
+    best = json.loads((folder / BEST).read_text())
+    told = f"best: frechet_distance {best['value']:.5g} of {best['checkpoint']}, 1 inference steps ("
+    assert told in done.output.replace("\n", " ")
     assert len(rows(folder)) == len(checkpoint.found(folder)) == 2
     done = CliRunner().invoke(cli.app, f"eval watch {folder} digits --steps 1 -n 30 --poll 0.1 --quiet".split())
     assert done.exit_code == 0 and len(rows(folder)) == 2
+    (folder / "empty").mkdir()
+    none = CliRunner().invoke(cli.app, f"eval watch {folder / 'empty'} digits --once -n 30".split())
+    assert none.exit_code != 0 and "no checkpoint-N below; accepted is the output_dir" in str(none.exception)
+
+
+def test_notes_are_logged_once(folder, caplog):
+    caplog.set_level("INFO", "genkit.training")
+    new = look(folder, steps=[1]).once()
+    notes = set(new[0]["notes"])
+    assert notes and len(new) == 2 and notes == set(new[1]["notes"])
+    told = [record.getMessage() for record in caplog.records]
+    assert all(told.count(f"note: {note}") == 1 for note in notes)
