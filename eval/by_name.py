@@ -34,8 +34,19 @@ def make(package: str, base: type[T], text: str, *, setting: str) -> T:
     needed = {k for k, p in parameters.items() if p.default is p.empty and p.kind is not p.VAR_KEYWORD}
     if (colon and not settings) or needed - settings.keys():
         accepted = f"{name}:{argument.upper()}" if argument else f"{name}:{', '.join(f'{k}=...' for k in parameters)}"
-        raise ValueError(f"{setting}={text!r}: accepted is {accepted if parameters else name!r}")
+        raise ValueError(f"{setting}={text!r}: accepted is {accepted if parameters else name!r}{_said(cls, argument)}")
     return cls(**settings)
+
+
+def _said(cls: type, argument: str | None) -> str:
+    """What the docstring says of an argument."""
+    found = argument and re.search(
+        rf"^ *{argument}: (.*?)(?=\n *\w+(?:, \w+)*: |\n *\n|\Z)", inspect.getdoc(cls) or "", re.M | re.S
+    )
+    if not argument or not found:
+        return ""
+    plain = re.sub(r":\w+:`~?([^`]*)`|``", lambda m: m[1] or "", found[1])
+    return f" ({argument.upper()}: {' '.join(plain.split()).rstrip('.')})"
 
 
 def split(text: str) -> list[str]:

@@ -1,11 +1,14 @@
 """What ``genkit eval run`` and ``genkit eval features`` do."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from genkit._diffusers import without_loading_bars
+from genkit.eval.directions import is_shown
 from genkit.eval.extractors.base import get_extractor
 from genkit.eval.feature_files import SUFFIX, save_features
 from genkit.eval.inputs import ImageSet, UnreadableImage, read_images
@@ -46,18 +49,19 @@ def main(
     for path in (json_path, html_path):
         _check_folder(path)
     where = join(device)
-    real, fake, drawn = open_sides(
-        reference,
-        generated,
-        n=n,
-        size=size,
-        crop=crop,
-        generation=generation,
-        seed=seed,
-        batch_size=batch_size,
-        device=where,
-        strict=strict,
-    )
+    with without_loading_bars() if quiet else nullcontext():
+        real, fake, drawn = open_sides(
+            reference,
+            generated,
+            n=n,
+            size=size,
+            crop=crop,
+            generation=generation,
+            seed=seed,
+            batch_size=batch_size,
+            device=where,
+            strict=strict,
+        )
     result = evaluate(
         real,
         fake,
@@ -132,7 +136,10 @@ def _print(result: Result) -> None:
     table = Table(title=Text(f"{protocol.generated} against {protocol.reference}"), title_justify="left")
     table.add_column("metric")
     table.add_column("value", justify="right")
+    shown = {value for name, value in result.values.items() if is_shown(name)}
     for name, value in result.values.items():
+        if not is_shown(name) and value in shown:  # a detail that says the same
+            continue
         low_high = result.intervals.get(name)
         interval = f"  [{low_high[0]:.4g}, {low_high[1]:.4g}]" if low_high else ""
         table.add_row(Text(name), f"{value:.6g}{interval}")  # as text: fid[clean] has no markup
@@ -146,16 +153,21 @@ def _print(result: Result) -> None:
 
 
 def _write_html(path: str | Path, result: Result, reference: Any, generated: Any) -> None:
-    from genkit.eval.report import Gallery, ImageGrid, ProtocolBlock, Section, Table, write_report
+    from genkit.eval.report import Cell, Gallery, ImageGrid, ProtocolBlock, Section, Table, format_number, write_report
 
-    rows: list[tuple[str, float]] = list(result.values.items())
+    rows: list[tuple[str, Any]] = []
+    for name, value in result.values.items():
+        between = result.intervals.get(name)
+        note = "" if between is None else " – ".join(format_number(end) for end in between)
+        rows.append((name, Cell(value, note)))
     if result.nfe is not None:
         rows.append(("network calls (NFE)", result.nfe))
     grids = []
     for role, source in (("reference", reference), ("generated", generated)):
         if isinstance(source, ImageSet) and (first := _first(source)):
             grids.append(ImageGrid(torch.cat(first), f"{role}: the first {len(first)} of {source.name}"))
-    sections = [Section("Values", [Table(["metric", "value"], rows), *result.notes])]
+    caption = "Below values are their 95 % intervals." if result.intervals else ""
+    sections = [Section("Values", [Table(["metric", "value"], rows, caption), *result.notes])]
     if grids:
         sections.append(Section("Images", [Gallery(grids)]))
     sections.append(Section("Protocol", [ProtocolBlock(result.protocol)]))

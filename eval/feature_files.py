@@ -1,13 +1,12 @@
 """Measured features in a file, so that a reference is read once for many evaluations."""
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
+from genkit._files import save_tensors
 from genkit.eval.metrics.base import FeatureSet
 from genkit.eval.statistics import FeatureStats
 
@@ -37,9 +36,7 @@ def save_features(path: str | Path, side: FeatureSet) -> None:
     rows = {"features": side.features, "logits": side.logits, "labels": side.labels}
     tensors |= {name: of for name, of in rows.items() if of is not None}
     about = {"format": FORMAT, "n": stats.n, "meta": stats.meta, "prompts": _listed(side.prompts)}
-    partial = path.with_name(path.name + ".partial")
-    save_file({k: t.contiguous() for k, t in tensors.items()}, partial, {"genkit": json.dumps(about)})
-    os.replace(partial, path)
+    save_tensors(path, tensors, {"genkit": json.dumps(about)})
 
 
 def load_features(path: str | Path) -> FeatureSet:

@@ -65,7 +65,8 @@ def read_folder(path: Path, *, prepare: Preparation | None = None, strict: bool 
         other = next(name for name in readable if heads[name].size != heads[first].size)
         raise ValueError(
             f"{path}: mixed images of {len(sizes)} sizes, {first} is {_x(heads[first].size)}, {other} is "
-            f"{_x(heads[other].size)}; size=256 with crop='center' or 'squash' makes them one"
+            f"{_x(heads[other].size)}; size={min(min(head.size) for head in (heads[first], heads[other]))} "
+            "with crop='center' or 'squash' makes them one"
         )
     mode = "L" if all(heads[name].mode in GREY for name in readable) else "RGB"
     converted: dict[str, Callable[[_Head], bool]] = {

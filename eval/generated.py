@@ -70,7 +70,7 @@ def generated_images(
     """
     asked = as_asked(asked)
     prepare = preparation(size, crop)
-    name = name or Path(pipe.config.get("_name_or_path") or type(pipe).__name__).name
+    name = name or name_of(pipe.config.get("_name_or_path") or type(pipe).__name__)
     settings = dict(arguments or {})
     model: Model
     if hasattr(pipe, "student_class") and "class_labels" in inspect.signature(type(pipe).__call__).parameters:
@@ -89,6 +89,12 @@ def generated_images(
     kind += f", {prepare}" if prepare else ""
     labels, prompts = (asked.labels, asked.prompts) if model.conditional else (None, None)
     return ImageSet(name, asked.n, spool.load, labels, prompts, kind, model=model)
+
+
+def name_of(folder: str | Path) -> str:
+    """What a pipeline is called: its folder, or of ``NAME/pipeline``, as training leaves it, ``NAME``."""
+    path = Path(folder)
+    return path.absolute().parent.name if path.name == "pipeline" else path.name
 
 
 def _prepared(model: "Model", prepare: Preparation | None, items: Sequence[int]) -> tuple[Tensor, dict[int, str]]:

@@ -188,10 +188,13 @@ def drawn(images: ImageSet, n: int | None, seed: int, role: str) -> ImageSet:
     """
     if images.n < (n or 2):
         raise ValueError(f"{role} set {images.name!r} has {images.n} images, {n or 2} are needed")
-    if n is None or n == images.n:
-        return images
+    return images if n is None or n == images.n else images.subset(draw(images.n, n, seed, role))
+
+
+def draw(of: int, n: int, seed: int, role: str) -> Tensor:
+    """The numbers of n of so many images, ascending, at random by ``seed`` and ``role``."""
     generator = torch.Generator().manual_seed(hash_seed(seed, *role.encode()))
-    return images.subset(torch.randperm(images.n, generator=generator)[:n].sort().values)
+    return torch.randperm(of, generator=generator)[:n].sort().values
 
 
 def same_images(a: ImageSet, b: ImageSet) -> bool:

@@ -39,7 +39,7 @@ class Result(BaseModel):
     """Values by name, network calls per image (``nfe``) if known, how they were made, and what to beware of.
 
     ``made_with`` is what the images were generated with (``model``, ``steps``, ``guidance_scale`` ...), where known;
-    ``intervals`` has ``[low, high]`` of values that were bootstrapped, ``per_class`` values by label; ``command`` is
+    ``intervals`` has ``[low, high]`` of 95 %, where asked for, ``per_class`` values by label; ``command`` is
     the command line that was called, if one was.
     """
 

@@ -1,6 +1,8 @@
 """Evaluate a set of generated images: one pass of the extractor over each side, any number of metrics, one result."""
 
+import contextlib
 import platform
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,12 +17,12 @@ from tqdm.auto import tqdm
 import genkit
 from genkit.eval.extractors.base import Extractor, extract, get_extractor
 from genkit.eval.feature_files import is_features, load_features
-from genkit.eval.inputs import ImageSet, UnreadableImage, drawn, read_images, same_images
+from genkit.eval.inputs import ImageSet, UnreadableImage, draw, drawn, read_images, same_images
 from genkit.eval.metrics._per_image import PerImage
 from genkit.eval.metrics.base import FeatureSet, Metric, all_metrics, get_metric
 from genkit.eval.processes import gather, gather_rows, own, rank_and_count
 from genkit.eval.result import Protocol, Result
-from genkit.eval.saved import save_evaluation
+from genkit.eval.saved import refuse_other, save_evaluation
 from genkit.eval.statistics import FeatureStats, is_statistics
 
 
@@ -144,7 +146,8 @@ def evaluate(
         nfe: network calls spent on each generated image, to be recorded; those that a model makes meanwhile are
             counted.
         strict: stop at what would be a note: an image that cannot be read, or is not like the others.
-        intervals: that many bootstrap resamples, for 95 % intervals of the metrics that bear them.
+        intervals: that many random halves of the generated set, for 95 % intervals (:mod:`genkit.eval.intervals`);
+            a note says of which metrics there is none, and why.
         made_with: what the generated images were made with, to be recorded.
         command: the command line that this is part of, to be recorded.
         output: a folder for the result with samples, values by class, worst and best images: what reports are made of
@@ -152,14 +155,15 @@ def evaluate(
 
     Raises:
         ValueError: inputs that cannot be read or are too few, statistics made with another extractor, or a metric
-            that needs what is not there (the error says what, and which metrics are possible).
+            that needs what is not there (the error says what, and which metrics are possible);
+            an ``output`` with a finished evaluation of other settings.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: expected at least 1")
     if n is not None and n < 2:
         raise ValueError(f"n={n}: expected at least 2")
     if intervals is not None and intervals < 2:
-        raise ValueError(f"intervals={intervals}: expected at least 2 resamples")
+        raise ValueError(f"intervals={intervals}: expected at least 2 halves")
     if nfe is not None and not nfe >= 0:
         raise ValueError(f"nfe={nfe}: expected 0 or more")
     extractor = get_extractor(extractor)
@@ -169,11 +173,13 @@ def evaluate(
     ]
     if nfe is not None and sources[1] is not None and sources[1].model is not None:
         raise ValueError(f"nfe={nfe}: the generated images are made meanwhile, and their network calls are counted")
-    chosen = possible_metrics(metrics, *(known_fields(source, extractor) for source in sources))
+    chosen = possible_metrics(metrics, *(known_fields(source, extractor) for source in sources), sources=sources)
     for metric in chosen:
         metric.check(*sources)
     if n is not None and any(metric.paired for metric in chosen):
         raise ValueError(f"n={n}: the sides are drawn apart, but a metric pairs image i with image i; accepted is None")
+    if output is not None:
+        refuse_other(output, _known_settings(sources, extractor, chosen, made_with, seed))
     keeps = [
         any("features" in reads for reads in needs)
         for needs in ([m.reads_reference for m in chosen], [m.reads_generated for m in chosen])
@@ -195,6 +201,7 @@ def evaluate(
     )
     assert fake is not None
     values: dict[str, float] = {}
+    notes = _notes(real, fake)
     scores: dict[str, Tensor] = {}
     for metric in chosen:
         if isinstance(metric, PerImage):
@@ -202,7 +209,9 @@ def evaluate(
             scores |= every
             new = metric.summary(every)
         else:
-            new = metric(real, fake)
+            with _noted():
+                new = metric(real, fake)
+        notes += metric.beware(real, fake)
         if both := values.keys() & new:
             raise ValueError(f"metrics: {metric.name!r} and another one both give {sorted(both)}")
         values |= new
@@ -226,32 +235,69 @@ def evaluate(
             "numpy": numpy.__version__,
         },
     )
+    with _noted():
+        found, without = _intervals(chosen, real, fake, intervals, seed)
     model = fake.model
     result = Result(
         values=values,
         nfe=nfe if model is None else model.network_calls(),
         protocol=protocol,
-        notes=_notes(real, fake),
+        notes=notes + without,
         made_with={**({} if model is None else model.made_with), **(made_with or {})},
-        intervals=_intervals(chosen, real, fake, intervals, seed),
+        intervals=found,
         command=command,
     )
     return result if output is None else save_evaluation(output, result, real, fake, scores)
 
 
+@contextlib.contextmanager
+def _noted() -> Iterator[None]:
+    """Within, what the notes of a result say is not warned of as well."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*rank deficient")
+        yield
+
+
 def _intervals(
-    metrics: Sequence[Metric], real: FeatureSet | None, fake: FeatureSet, resamples: int | None, seed: int
-) -> dict[str, tuple[float, float]]:
-    if resamples is None:
-        return {}
-    from genkit.eval.bootstrap import bootstrap
+    metrics: Sequence[Metric], real: FeatureSet | None, fake: FeatureSet, halves: int | None, seed: int
+) -> tuple[dict[str, tuple[float, float]], list[str]]:
+    """By value, and notes on metrics that have none."""
+    from genkit.eval.intervals import intervals
 
     found: dict[str, tuple[float, float]] = {}
-    for metric in metrics:
-        if metric.bears_repeats:
-            made = bootstrap(metric, real, fake, resamples=resamples, seed=seed)
+    notes = []
+    for metric in metrics if halves is not None else ():
+        try:
+            made = intervals(metric, real, fake, halves=halves or 0, seed=seed)
             found |= {name: (interval.low, interval.high) for name, interval in made.items()}
-    return found
+        except ValueError as error:  # the value itself is there, and halves are too small for what it needs
+            notes.append(f"no interval of {metric.name!r}: {error}")
+    return found, notes
+
+
+def _known_settings(
+    sources: Sequence[ImageSet | FeatureSet | None],
+    extractor: Extractor,
+    metrics: Sequence[Metric],
+    made_with: Mapping[str, Any] | None,
+    seed: int,
+) -> dict[str, Any]:
+    """What of the protocol is known before anything is measured: all but how many images can be read."""
+    about = {}
+    for role, source in zip(("reference", "generated"), sources, strict=True):
+        meta = source.stats.meta if isinstance(source, FeatureSet) else {}
+        if isinstance(source, ImageSet):
+            meta = {"source": source.name, "images": source.kind}
+        about[role] = None if source is None else str(meta.get("source", "statistics"))
+        about[f"{role}_images"] = meta.get("images")
+    model = None if sources[1] is None else sources[1].model
+    return {
+        "extractor": extractor.id,
+        **about,
+        "metrics": {metric.name: metric.settings for metric in metrics},
+        "seed": seed,
+        "made_with": {**({} if model is None else model.made_with), **(made_with or {})},
+    }
 
 
 def _matched(real: FeatureSet | None, fake: FeatureSet) -> Literal["labels", "prompts", "images"] | None:
@@ -281,8 +327,8 @@ def open_set(
     if isinstance(source, FeatureStats):
         source = FeatureSet(source)
     if isinstance(source, FeatureSet):
-        _check_statistics(source.stats, role, extractor, n)
-        opened: ImageSet | FeatureSet = source
+        _check_statistics(source.stats, role, extractor)
+        opened: ImageSet | FeatureSet = _cut(source, n, seed, role)
         notes = source.stats.meta.get("notes")
     else:
         opened = drawn(read_images(source, strict=strict), n, seed, role)
@@ -292,7 +338,18 @@ def open_set(
     return opened
 
 
-def _check_statistics(stats: FeatureStats, role: str, extractor: Extractor, n: int | None) -> None:
+def _cut(side: FeatureSet, n: int | None, seed: int, role: str) -> FeatureSet:
+    """To those rows that would have been drawn of the images."""
+    if n is None or n == side.stats.n:
+        return side
+    if side.features is None:
+        raise ValueError(f"{role} statistics are of n={side.stats.n} images and cannot be cut to n={n}")
+    if len(side.features) < n:
+        raise ValueError(f"{role} set has the features of {len(side.features)} images, {n} are needed")
+    return side.subset(draw(len(side.features), n, seed, role))
+
+
+def _check_statistics(stats: FeatureStats, role: str, extractor: Extractor) -> None:
     made_with = stats.meta.get("extractor")
     if made_with is not None and made_with != extractor.id:
         raise ValueError(
@@ -300,8 +357,6 @@ def _check_statistics(stats: FeatureStats, role: str, extractor: Extractor, n: i
         )
     if stats.dim != extractor.dim:
         raise ValueError(f"{role} statistics have {stats.dim} dimensions, extractor {extractor.id!r} {extractor.dim}")
-    if n is not None and stats.n != n:
-        raise ValueError(f"{role} statistics are of n={stats.n} images and cannot be cut to n={n}")
 
 
 def known_fields(source: ImageSet | FeatureSet | None, extractor: Extractor) -> set[str]:
@@ -322,10 +377,20 @@ def known_fields(source: ImageSet | FeatureSet | None, extractor: Extractor) -> 
     return {field for field, there in known.items() if there}
 
 
-def possible_metrics(metrics: Sequence[str | Metric] | None, reference: set[str], generated: set[str]) -> list[Metric]:
-    """The metrics asked for, or if None all default ones that the fields of both sides allow."""
+def possible_metrics(
+    metrics: Sequence[str | Metric] | None,
+    reference: set[str],
+    generated: set[str],
+    *,
+    sources: Sequence[ImageSet | FeatureSet | None] | None = None,
+) -> list[Metric]:
+    """The metrics asked for, or if None all default ones that the fields of both sides allow.
+
+    Errors name those that are possible; with ``sources`` without those that would refuse them.
+    """
     possible = [metric for metric in all_metrics() if not metric.missing(reference, generated)]
-    names = ", ".join(metric.name for metric in possible) or "none"
+    offered = [metric.name for metric in possible if sources is None or _takes(metric, sources)]
+    names = ", ".join(offered) or "none"
     if metrics is None:
         usual = [metric for metric in possible if metric.by_default]
         if not usual:
@@ -343,6 +408,14 @@ def possible_metrics(metrics: Sequence[str | Metric] | None, reference: set[str]
     return chosen
 
 
+def _takes(metric: Metric, sources: Sequence[ImageSet | FeatureSet | None]) -> bool:
+    try:
+        metric.check(*sources)
+    except ValueError:
+        return False
+    return True
+
+
 def _notes(real: FeatureSet | None, fake: FeatureSet) -> list[str]:
     notes = []
     for role, side in (("reference", real), ("generated", fake)):
@@ -351,8 +424,6 @@ def _notes(real: FeatureSet | None, fake: FeatureSet) -> list[str]:
         notes += side.stats.meta.get("notes", ())
         if side.stats.n is None:
             notes.append(f"the {role} statistics do not say how many images they are of")
-        elif side.stats.n < side.stats.dim:
-            notes.append(f"the {role} set has fewer images ({side.stats.n}) than feature dimensions ({side.stats.dim})")
         if "extractor" not in side.stats.meta:
             notes.append(f"the {role} statistics do not say which extractor they were made with")
     if fake.model is not None and fake.model.originals is not None:
@@ -363,8 +434,4 @@ def _notes(real: FeatureSet | None, fake: FeatureSet) -> list[str]:
         for lossy in ("JPEG", "WEBP"):
             if (lossy in kinds[0]) != (lossy in kinds[1]):
                 notes.append(f"{lossy} on one side only ({kinds[0]}; {kinds[1]}): its traces count as a difference")
-    if real is not None and real.stats.n != fake.stats.n:
-        notes.append(
-            f"{real.stats.n} real and {fake.stats.n} generated images: recall and coverage depend on both counts"
-        )
     return notes

@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline
 
 from genkit.eval.asked import TEMPLATE, Asked, evenly, matched
 from genkit.eval.feature_files import is_features, load_features
-from genkit.eval.generated import generated_images
+from genkit.eval.generated import generated_images, name_of
 from genkit.eval.inputs import ImageSet, drawn, read_images
 from genkit.eval.metrics.base import FeatureSet
 from genkit.eval.preparation import Crop
@@ -111,7 +111,7 @@ def open_sides(
         batch_size=min(batch_size, 64),
         size=size,
         crop=crop,
-        name=Path(text[len(PIPELINE) :]).name,
+        name=name_of(text[len(PIPELINE) :]),
     )
     if chosen.scheduler is not None:
         made.model.made_with["scheduler"] = chosen.scheduler  # type: ignore[union-attr]  # with its settings

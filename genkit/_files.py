@@ -22,7 +22,7 @@ def contiguous(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def save_tensors(file: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file in one move, readable to whom new files here are: safetensors' own are the user's alone."""
+    """Write a safetensors file in one move, readable to whom new files are: safetensors' own are the user's alone."""
     partial = file.with_name(file.name + ".partial")
     partial.touch()
     mode = partial.stat().st_mode

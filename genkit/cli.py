@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from genkit.registry import file_names
+
 app = typer.Typer(
     name="genkit",
     help="Guidance, samplers, few-step distillation and fair evaluation for diffusion and flow models.",
@@ -19,9 +21,10 @@ app.add_typer(evaluation, name="eval")
 adapters = typer.Typer(help="Scale and mix LoRAs after training.", no_args_is_help=True)
 app.add_typer(adapters, name="adapters")
 
-EXTRACTORS = "clean_fid, clip, digits, dinov2, function, inception, none, torchmetrics"
+EXTRACTORS = ", ".join(file_names("genkit.eval.extractors"))
 
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
+Silent = Annotated[bool, typer.Option("--quiet", help="Print nothing, neither progress nor what was found.")]
 
 
 def _version(asked: bool) -> None:
@@ -270,7 +273,7 @@ def evaluate(
     strict: Annotated[
         bool, typer.Option("--strict", help="Stop at images that cannot be read, or had to be converted.")
     ] = False,
-    intervals: Annotated[int | None, typer.Option(help="Bootstrap resamples, for 95 % intervals.")] = None,
+    intervals: Annotated[int | None, typer.Option(help="This many random halves, for 95 % intervals: 200.")] = None,
     output: Annotated[
         Path | None, typer.Option(help="Folder for the evaluation, with images, which genkit eval report reads.")
     ] = None,
@@ -279,7 +282,7 @@ def evaluate(
     device: Annotated[str | None, typer.Option(help="Where to compute; the best there is by default.")] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the result here.")] = None,
     html_path: Annotated[Path | None, typer.Option("--html", help="Write a report here.")] = None,
-    quiet: Quiet = False,
+    quiet: Silent = False,
 ) -> None:
     """Evaluate a set of generated images against real ones; those of a pipeline are made meanwhile."""
     from genkit.eval.by_name import split
@@ -321,7 +324,7 @@ def features(
     ] = False,
     batch_size: int = 256,
     device: Annotated[str | None, typer.Option(help="Where to compute; the best there is by default.")] = None,
-    quiet: Quiet = False,
+    quiet: Silent = False,
 ) -> None:
     """Measure a set once, so that eval run and sweep can take the file as a reference."""
     from genkit.eval.command import measure_features
@@ -341,7 +344,10 @@ def features(
 
 @evaluation.command("mmhm")
 def rank_by_mmhm(
-    table: Annotated[Path, typer.Argument(help="CSV or JSON rows with fid, is_mean, clip_score and pick_score.")],
+    table: Annotated[
+        Path,
+        typer.Argument(help="Rows, CSV or JSON, or a folder of a sweep: fid, is_mean, clip_score, pick_score."),
+    ],
     metrics: Annotated[
         str | None, typer.Option(help="Others than those four: fid,lpips:min,psnr:max (which way is better).")
     ] = None,
@@ -357,7 +363,7 @@ def rank_by_mmhm(
     json_path: Annotated[Path | None, typer.Option("--json", help="Write ranking, bounds and notes here.")] = None,
     csv_path: Annotated[Path | None, typer.Option("--csv", help="Write the ranked rows here.")] = None,
     html_path: Annotated[Path | None, typer.Option("--html", help="Write a report here.")] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing.")] = False,
+    quiet: Silent = False,
 ) -> None:
     """Rank the settings in a results table by MMHM, with bounds, stability, Pareto front and ties."""
     from genkit.eval.selection import main
@@ -381,7 +387,7 @@ def rank_by_mmhm(
 def score_geneval(
     detections: Annotated[Path, typer.Argument(help="JSON or .jsonl: a prompt's metadata and what was detected.")],
     json_path: Annotated[Path | None, typer.Option("--json", help="Write scores and every verdict here.")] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing.")] = False,
+    quiet: Silent = False,
 ) -> None:
     """Score a detector's findings by GenEval's rules."""
     from genkit.eval.geneval import main
@@ -401,7 +407,7 @@ def report(
     force: Annotated[
         bool, typer.Option("--force", help="Show runs of different protocols together; the page says so.")
     ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing.")] = False,
+    quiet: Silent = False,
 ) -> None:
     """Compare evaluations on one self-contained HTML page: winners, plots, correlations, images and the protocol."""
     from genkit.eval.page import main
@@ -423,7 +429,7 @@ def correlate(
     json_path: Annotated[Path | None, typer.Option("--json", help="Write matrix and notes here.")] = None,
     csv_path: Annotated[Path | None, typer.Option("--csv", help="Write the matrix here.")] = None,
     html_path: Annotated[Path | None, typer.Option("--html", help="Write a coloured matrix here.")] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing.")] = False,
+    quiet: Silent = False,
 ) -> None:
     """Print how far metrics, and MMHM, agree over the rows of results."""
     from genkit.eval.correlate import main
@@ -457,7 +463,7 @@ def explain_difference(
     batch_size: Annotated[int | None, typer.Option(help="Images at a time.")] = None,
     device: Annotated[str | None, typer.Option(help="Where to compute; the best there is by default.")] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write what was found here.")] = None,
-    quiet: Quiet = False,
+    quiet: Silent = False,
 ) -> None:
     """Say why two Frechet distances differ: by resize rule, JPEG and number of images, or by two results' protocols."""
     from genkit.eval.explain import main
@@ -506,7 +512,7 @@ def sweep(
     ] = "",
     size: Annotated[int | None, typer.Option(help="Make all images, real and generated, this large.")] = None,
     crop: Annotated[str | None, typer.Option(help="How, with --size: center (default) or squash.")] = None,
-    intervals: Annotated[int | None, typer.Option(help="This many bootstrap resamples, for 95 % intervals.")] = None,
+    intervals: Annotated[int | None, typer.Option(help="This many random halves, for 95 % intervals: 200.")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at what would be a note.")] = False,
     force: Annotated[
         bool, typer.Option("--force", help="Rank cells of different protocols together; the result says so.")
@@ -518,7 +524,7 @@ def sweep(
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the table here too.")] = None,
     csv_path: Annotated[Path | None, typer.Option("--csv", help="Write the table here too.")] = None,
     html_path: Annotated[Path | None, typer.Option("--html", help="Write a report here.")] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing.")] = False,
+    quiet: Silent = False,
 ) -> None:
     """Evaluate a model at every combination of steps and guidance, and rank them; stopped, it goes on cell by cell.
 

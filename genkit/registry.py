@@ -41,6 +41,12 @@ def members(package: str, base: type[T]) -> dict[str, type[T]]:
     return found
 
 
+def file_names(package: str) -> list[str]:
+    """The names that members of a family can have, its files but ``base``, without running any: for help texts."""
+    path = importlib.import_module(package).__path__
+    return sorted(info.name for info in pkgutil.iter_modules(path) if info.name[0] != "_" and info.name != "base")
+
+
 def member_class(package: str, base: type[T], name: str) -> type[T]:
     """The member whose class is called ``name``, for a package's ``__getattr__``.
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from genkit.eval.extractors.base import Extractor, Features
+from genkit.eval.extractors.base import Extractor, Features, check_uint8
 from genkit.eval.resize import RULES
 from genkit.registry import unknown
 
@@ -73,8 +73,7 @@ def check_rule(resize: str) -> None:
 
 def as_rgb(images: Tensor, extractor: str) -> Tensor:
     """``(B, 3, H, W)``, of grey images too. Raises ``ValueError`` where it is not uint8, or of other channels."""
-    if images.dtype != torch.uint8:
-        raise ValueError(f"extractor {extractor!r} takes uint8 images, got {images.dtype}; see inputs.to_uint8")
+    check_uint8(images, extractor)
     if images.ndim != 4 or images.shape[1] not in (1, 3):
         raise ValueError(f"extractor {extractor!r} takes images (B, 3 or 1, H, W), got {tuple(images.shape)}")
     return images.expand(-1, 3, -1, -1)

@@ -50,6 +50,7 @@ class _FunctionExtractor(Extractor):
         self.function, self.dim, self.id = function, dim, id
 
     def __call__(self, images: Tensor) -> Features:
+        check_uint8(images, self.id)
         features = self.function(images)
         if not isinstance(features, Tensor) or features.shape != (len(images), self.dim):
             got = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
@@ -71,18 +72,26 @@ def get_extractor(extractor: "str | Extractor") -> Extractor:
     raise ValueError(f"extractor={extractor!r}: expected a name or an Extractor; see function_extractor")
 
 
-def check_images(images: Tensor, *, channels: int, size: tuple[int, int], extractor: str) -> None:
-    """Raise ``ValueError`` unless ``images`` is uint8 ``(B, channels, *size)``."""
+def check_uint8(images: Tensor, extractor: str) -> None:
+    """Raise ``ValueError`` unless ``images`` is uint8."""
     if images.dtype != torch.uint8:
         raise ValueError(f"extractor {extractor!r} takes uint8 images, got {images.dtype}; see inputs.to_uint8")
+
+
+def check_images(images: Tensor, *, channels: int, size: tuple[int, int], extractor: str) -> None:
+    """Raise ``ValueError`` unless ``images`` is uint8 ``(B, channels, *size)``."""
+    check_uint8(images, extractor)
     if images.ndim != 4 or tuple(images.shape[1:]) != (channels, *size):
         want = f"(B, {channels}, {size[0]}, {size[1]})"
-        raise ValueError(f"extractor {extractor!r} takes images {want}, got {tuple(images.shape)}")
+        raise ValueError(
+            f"extractor {extractor!r} takes images {want}, got {tuple(images.shape)}; others, as 'inception', take "
+            "grey and RGB ones of any size. A folder is read as grey only where all its images are"
+        )
 
 
-def file_hash(path: Path) -> str:
+def file_hash(path: str | Path) -> str:
     """The first 12 hexadecimal digits of a file's SHA-256: the weights' part of an extractor's id."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from genkit.eval.inputs import ImageSet
 from genkit.eval.metrics.base import FeatureSet, Metric
 from genkit.eval.processes import gather, own
 
@@ -41,7 +42,7 @@ class PerImage(Metric):
         """What is said of all images together: the means."""
         return {name: of.mean().item() for name, of in every.items()}
 
-    def check_pairs(self, reference: FeatureSet, generated: FeatureSet) -> None:
+    def check_pairs(self, reference: ImageSet | FeatureSet, generated: ImageSet | FeatureSet) -> None:
         """Raise ``ValueError`` unless both sides have as many images."""
         counts = reference.n, generated.n
         if counts[0] != counts[1]:
@@ -53,6 +54,10 @@ class PerPair(PerImage):
 
     paired = True
     reads_reference = ("images",)
+
+    def check(self, reference: ImageSet | FeatureSet | None, generated: ImageSet | FeatureSet | None) -> None:
+        assert reference is not None and generated is not None
+        self.check_pairs(reference, generated)
 
     @abstractmethod
     def value(self, x: Tensor, y: Tensor) -> Tensor:

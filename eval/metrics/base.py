@@ -73,7 +73,6 @@ class Metric(ABC):
         reads_reference, reads_generated: the fields of ``FeatureSet`` that a metric needs of each side; one that reads
             nothing of the reference needs none.
         paired: whether it compares row i with row i.
-        bears_repeats: whether repeated rows leave it meaningful, as a bootstrap needs.
         by_default: whether it is among those that are computed where none are named.
         argument: the one setting without default, where there is one: the metric is then named ``file:value``.
         better: of its values those that tables and reports show, and which way each is better, None where neither way
@@ -83,7 +82,6 @@ class Metric(ABC):
     reads_reference: tuple[str, ...] = ("stats",)
     reads_generated: tuple[str, ...] = ("stats",)
     paired: ClassVar[bool] = False
-    bears_repeats: ClassVar[bool] = True
     by_default: ClassVar[bool] = True
     argument: ClassVar[str | None] = None
     better: ClassVar[Mapping[str, Better | None]] = {}
@@ -105,6 +103,14 @@ class Metric(ABC):
     def check(self, reference: "ImageSet | FeatureSet | None", generated: "ImageSet | FeatureSet | None") -> None:
         """Raise ``ValueError`` for what is seen to be wrong with the sides before anything is measured, or made."""
         return
+
+    def of_halves(self) -> "Metric":
+        """What of it intervals are made of, on halves of the sets: all, unless its settings are of whole ones."""
+        return self
+
+    def beware(self, reference: FeatureSet | None, generated: FeatureSet) -> list[str]:
+        """What to know about its values on these sides, for the notes of a result."""
+        return []
 
     def missing(self, reference: Collection[str], generated: Collection[str]) -> list[str]:
         """What this metric would need beyond the fields that either side has, in words."""

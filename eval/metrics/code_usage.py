@@ -20,7 +20,6 @@ class CodeUsageMetric(Metric):
     """
 
     by_default = False
-    bears_repeats = False
     reads_reference = ()
     reads_generated = ("images", "model")
     better = {"code_usage": "higher", "code_perplexity": "higher", "code_usage_expected": None}

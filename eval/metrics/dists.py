@@ -26,7 +26,7 @@ class DISTS(PerPair):
     Images i of both sides must belong together.
 
     Args:
-        vgg: weights of VGG16, as :meth:`genkit.perceptual.DISTS.load` takes them.
+        vgg: weights of VGG16: a file, or ``torchvision``, as :meth:`genkit.perceptual.DISTS.load` takes them.
         device: where it is computed.
 
     Raises:

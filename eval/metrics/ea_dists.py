@@ -14,7 +14,7 @@ class EADISTS(PerPair):
     Images i of both sides must belong together.
 
     Args:
-        vgg: weights of VGG16, as :meth:`genkit.perceptual.DISTS.load` takes them.
+        vgg: weights of VGG16: a file, or ``torchvision``, as :meth:`genkit.perceptual.DISTS.load` takes them.
         padding: of the edge maps, ``zeros`` or ``reflect``.
         device: where it is computed.
 

@@ -83,6 +83,14 @@ class FrechetDistance(Metric):
 
     better = {"frechet_distance": "lower"}
 
+    def beware(self, reference: FeatureSet | None, generated: FeatureSet) -> list[str]:
+        sides = (("reference", reference), ("generated", generated))
+        return [
+            f"the {role} set has fewer images ({n}) than feature dimensions ({side.stats.dim})"
+            for role, side in sides
+            if side is not None and (n := side.stats.n) is not None and n < side.stats.dim
+        ]
+
     def __call__(self, reference: FeatureSet | None, generated: FeatureSet) -> dict[str, float]:
         assert reference is not None
         raw = frechet_raw(_shorter(reference), _shorter(generated))

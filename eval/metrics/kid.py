@@ -84,6 +84,9 @@ class KernelInceptionDistance(Metric):
             raise ValueError(f"subsets=0: subset_size={subset_size} and seed={seed} have no effect; leave them out")
         self.subsets, self.subset_size, self.seed = subsets, subset_size, seed
 
+    def of_halves(self) -> "KernelInceptionDistance":
+        return KernelInceptionDistance(subsets=0)  # half a set may be smaller than a subset
+
     def __call__(self, reference: FeatureSet | None, generated: FeatureSet) -> dict[str, float]:
         assert reference is not None and reference.features is not None and generated.features is not None
         x, y = reference.features, generated.features

@@ -17,7 +17,8 @@ class LPIPS(PerPair):
     learned ones are part of the protocol: values of different networks are not comparable.
 
     Args:
-        backbone: weights of the classifier, as :meth:`genkit.perceptual.LPIPS.load` takes them.
+        backbone: weights of the classifier: a file, or ``torchvision``, as :meth:`genkit.perceptual.LPIPS.load` takes
+            them.
         net: which classifier that is: ``alex``, ``vgg`` or ``squeeze``.
         device: where it is computed.
 

@@ -74,10 +74,13 @@ class PrecisionRecallDensityCoverage(Metric):
     better = {"precision": "higher", "recall": "higher", "density": "higher", "coverage": "higher"}
     reads_reference = ("features",)
     reads_generated = ("features",)
-    bears_repeats = False
 
     def __init__(self, pr_k: int = 3, dc_k: int = 5):
         self.pr_k, self.dc_k = pr_k, dc_k
+
+    def beware(self, reference: FeatureSet | None, generated: FeatureSet) -> list[str]:
+        n, m = (None if side is None else side.stats.n for side in (reference, generated))
+        return [] if n == m else [f"{n} real and {m} generated images: recall and coverage depend on both counts"]
 
     def __call__(self, reference: FeatureSet | None, generated: FeatureSet) -> dict[str, float]:
         assert reference is not None and reference.features is not None and generated.features is not None

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from genkit.eval.inputs import ImageSet
 from genkit.eval.metrics._per_image import PerImage, batches
 from genkit.eval.metrics.base import FeatureSet
 
@@ -25,6 +26,11 @@ class Saturation(PerImage):
     """``saturation`` of the generated images, to be compared with that of real ones."""
 
     better = {"saturation": None}
+
+    def check(self, reference: ImageSet | FeatureSet | None, generated: ImageSet | FeatureSet | None) -> None:
+        images = generated.images if isinstance(generated, FeatureSet) else generated
+        if images is not None and " L " in f" {images.kind} ":
+            raise ValueError(f"saturation of grey images ({images.kind}); accepted are RGB ones")
 
     def values(self, reference: FeatureSet | None, generated: FeatureSet) -> dict[str, Tensor]:
         return {"saturation": torch.cat([saturation(batch) for batch in batches(generated)])}

@@ -25,7 +25,6 @@ class FlowStraightness(Metric):
     """
 
     by_default = False
-    bears_repeats = False
     reads_reference = ()
     reads_generated = ("model",)
     better = {"straightness": "lower", "relative_straightness": "lower", "transport_cost": None}

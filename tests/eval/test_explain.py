@@ -177,6 +177,7 @@ def test_inception_by_default(files, monkeypatch, tmp_path):
 
 def test_help_names_every_extractor():
     from genkit.eval.extractors.base import Extractor
-    from genkit.registry import members
+    from genkit.registry import file_names, members
 
-    assert cli.EXTRACTORS == ", ".join(sorted(members("genkit.eval.extractors", Extractor)))
+    assert cli.EXTRACTORS == ", ".join(file_names("genkit.eval.extractors"))
+    assert file_names("genkit.eval.extractors") == sorted(members("genkit.eval.extractors", Extractor))

@@ -46,8 +46,7 @@ def test_prompts_and_notes_go_along(tmp_path):
     save_features(tmp_path / "a.safetensors", measure(images, get_extractor("digits"), quiet=True))
     again = load_features(tmp_path / "a.safetensors")
     assert again.prompts == list("abcdef") and again.n == 6
-    with pytest.warns(UserWarning, match="rank deficient"):
-        found = evaluate(tmp_path / "a.safetensors", images, metrics=["frechet"], quiet=True)
+    found = evaluate(tmp_path / "a.safetensors", images, metrics=["frechet"], quiet=True)
     assert found.notes.count("beware") == 2 and found.protocol.matched == "prompts"
     assert found.protocol.reference_images == "PNG L 8x8"
     with pytest.raises(ValueError, match="strict: the reference set: beware"):
@@ -71,6 +70,18 @@ def test_bad_files_are_refused(reference, halves, tmp_path):
     save_features(path, FeatureSet(reference.stats, reference.features[:5]))
     with pytest.raises(ValueError, match="n=899, rows {'features': 5}"):
         load_features(path)
+
+
+def test_they_are_cut_to_what_would_be_drawn_of_the_images(reference, halves, tmp_path):
+    save_features(tmp_path / "a.safetensors", reference)
+    cut = evaluate(tmp_path / "a.safetensors", halves[1], n=200, quiet=True)
+    images = evaluate(halves[0], halves[1], n=200, quiet=True)
+    assert cut.protocol.n_real == 200 and cut.values == pytest.approx(images.values, rel=1e-4)
+    with pytest.raises(ValueError, match="reference set has the features of 899 images, 2000 are needed"):
+        evaluate(tmp_path / "a.safetensors", halves[1], n=2000, quiet=True)
+    reference.stats.save(tmp_path / "a.npz")
+    with pytest.raises(ValueError, match="reference statistics are of n=899 images and cannot be cut to n=200"):
+        evaluate(tmp_path / "a.npz", halves[1], n=200, metrics=["frechet"], quiet=True)
 
 
 def test_features_of_another_extractor_are_refused(reference, halves, tmp_path):

@@ -214,7 +214,7 @@ def test_mixed_sizes_need_a_preparation(tmp_path):
     wide, high = pictures(1, 3, 30)[0, :, :12], pictures(1, 3, 30, seed=1)[0, :, :, :17]
     save(tmp_path / "a.png", wide)
     save(tmp_path / "b.png", high)
-    with pytest.raises(ValueError, match=r"mixed images of 2 sizes, a.png is 30x12, b.png is 17x30; size=256 with"):
+    with pytest.raises(ValueError, match=r"mixed images of 2 sizes, a.png is 30x12, b.png is 17x30; size=12 with"):
         read_images(tmp_path)
     squashed = read_images(tmp_path, size=5, crop="squash")
     assert squashed.kind == "PNG RGB of 2 sizes, to 5x5 (squashed, bicubic)"

@@ -86,7 +86,7 @@ def test_statistics_of_another_extractor_are_refused(halves, tmp_path):
         evaluate(tmp_path / "inception.npz", halves[1])
     np.savez(tmp_path / "foreign.npz", mu=np.zeros(128), sigma=np.eye(128))
     result = evaluate(tmp_path / "foreign.npz", halves[1], metrics=["frechet"], quiet=True)
-    assert result.protocol.n_real is None and len(result.notes) == 3
+    assert result.protocol.n_real is None and len(result.notes) == 2
 
 
 def test_metrics_that_lack_something_are_refused_by_name(halves):
@@ -107,6 +107,11 @@ def test_metrics_that_lack_something_are_refused_by_name(halves):
         evaluate(*halves, metrics=["frechett"])
     with pytest.raises(ValueError, match="'prdc' is named twice"):
         evaluate(*halves, metrics=["prdc", PrecisionRecallDensityCoverage(pr_k=1)])
+    with pytest.raises(ValueError, match="needs generated labels") as error:  # with pairs of unequal counts, grey ones
+        evaluate(halves[0], halves[1][0][:50], metrics=["accuracy"], quiet=True)
+    assert not {"psnr", "ssim", "saturation"} & set(str(error.value).replace(".", ",").split(", "))
+    with pytest.raises(ValueError, match=r"saturation of grey images \(uint8 L 8x8\)"):
+        evaluate(*halves, metrics=["saturation"], quiet=True)
     with pytest.raises(ValueError, match="metrics is empty"):
         evaluate(*halves, metrics=[])
 
@@ -153,6 +158,7 @@ def test_unequal_counts_are_noted_and_never_compared(real, halves, result):
     assert any("898 real and 500 generated" in note for note in other.notes)
     with pytest.raises(ValueError, match=r"different n_gen cannot be compared: \['500', '898'\]"):
         require_comparable([result, other])
+    assert not any("recall" in note for note in evaluate(halves[0], x[:500], metrics=["frechet"], quiet=True).notes)
     require_comparable([result, result])
     changed = evaluate(*halves, metrics=[PrecisionRecallDensityCoverage(dc_k=3)], quiet=True)
     with pytest.raises(ValueError, match="different settings of 'prdc'"):
@@ -180,11 +186,22 @@ def test_main_writes_and_prints(halves, tmp_path, capsys):
     )  # fmt: skip
     printed = capsys.readouterr().out
     assert "frechet_distance" in printed and "n_gen 300" in printed and "NFE" in printed
+    assert "frechet_raw" not in printed  # the same number
     assert Result.load(tmp_path / "r.json") == result
     html = (tmp_path / "r.html").read_text()
     assert result.protocol.extractor in html and html.count("data:image/png;base64,") == 2
     main("digits", str(path), metrics=["accuracy"], quiet=True)
     assert capsys.readouterr().out == ""
+
+
+def test_the_page_has_the_intervals(halves, tmp_path):
+    path = tmp_path / "gen.npz"
+    np.savez(path, images=halves[1][0].numpy(), labels=halves[1][1].numpy())
+    page = tmp_path / "r.html"
+    low, high = main(
+        "digits", str(path), metrics=["contrast"], intervals=40, html_path=page, quiet=True
+    ).intervals["contrast"]  # fmt: skip
+    assert f"{low:.3f} – {high:.3f}" in page.read_text() and "95 % intervals" in page.read_text()
 
 
 def test_main_refuses_a_missing_output_folder_first(tmp_path, monkeypatch):

@@ -134,7 +134,10 @@ def test_other_settings_are_refused_and_the_same_overwritten(halves, tmp_path, m
         for settings, told in (
             ({"made_with": {"steps": 8}}, r"made_with was \{'steps': 4\}, now \{'steps': 8\}"),
             ({"made_with": {"steps": 4}, "seed": 1}, "seed was 0, now 1"),
-            ({"made_with": {"steps": 4}, "metrics": ["contrast"]}, "metrics was {'accuracy': {}}, now {'contrast': {}}"),
+            (
+                {"made_with": {"steps": 4}, "metrics": ["contrast"]},
+                "metrics was {'accuracy': {}}, now {'contrast': {}}",
+            ),
             ({"made_with": {"steps": 4}, "metrics": ["contrast"], "extractor": "none"}, "extractor was 'digits/"),
         ):
             with pytest.raises(ValueError, match=f"holds an evaluation of other settings .*{told}"):

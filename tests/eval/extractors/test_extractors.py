@@ -71,7 +71,7 @@ def test_quick(digits, real):
 
 
 def test_wrong_images_are_refused(digits):
-    with pytest.raises(ValueError, match=r"\(B, 1, 8, 8\), got \(2, 3, 8, 8\)"):
+    with pytest.raises(ValueError, match=r"\(B, 1, 8, 8\), got \(2, 3, 8, 8\); others, as 'inception'"):
         digits(torch.zeros(2, 3, 8, 8, dtype=torch.uint8))
     with pytest.raises(ValueError, match=r"got \(2, 1, 16, 16\)"):
         digits(torch.zeros(2, 1, 16, 16, dtype=torch.uint8))

@@ -159,7 +159,9 @@ def test_lpips_is_that_of_the_module(weights, monkeypatch):
     learned = {f"lin{i}.model.1.weight": torch.rand(1, n, 1, 1) for i, n in enumerate((4, 6, 8, 8, 8))}
     monkeypatch.setattr(perceptual.lpips, "shipped", lambda *_: learned)
     assert LPIPS(weights, net="vgg").settings["backbone"] == f"{made_of}/learned"
-    with pytest.raises(ValueError, match="metrics='lpips': accepted is 'lpips:BACKBONE'"):
+    with pytest.raises(
+        ValueError, match=r"accepted is 'lpips:BACKBONE' \(BACKBONE: weights of the classifier: a file, or"
+    ):
         get_metric("lpips")
     with pytest.raises(FileNotFoundError, match="absent"):
         get_metric("lpips:absent.safetensors")
