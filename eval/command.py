@@ -16,6 +16,7 @@ from genkit.eval.preparation import Crop
 from genkit.eval.processes import join, rank_and_count, wait
 from genkit.eval.result import Result
 from genkit.eval.run import evaluate, measure
+from genkit.eval.sampled import sampled_with
 from genkit.eval.sides import Generation, open_sides
 
 
@@ -74,6 +75,7 @@ def main(
         device=where,
         strict=strict,
         intervals=intervals,
+        made_with=sampled_with(generated),
         command=command,
         output=output,
         quiet=quiet,

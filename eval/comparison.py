@@ -1,11 +1,12 @@
 """Runs side by side: which metrics are shown of them, how MMHM ranks them, and whether they may be compared at all."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from genkit.eval.directions import better, is_shown, with_count
+from genkit.eval.directions import better, is_shown, values_of, with_count
 from genkit.eval.metrics.base import Better
 from genkit.eval.mmhm import METRICS, Direction
 from genkit.eval.result import differences
@@ -68,8 +69,9 @@ def compare(
     """Put runs side by side.
 
     Args:
-        metrics: which are shown, and in which order; by default every one that some run has, without the details that
-            its metric does not declare (``Metric.better``).
+        metrics: which are shown, and in which order: names of values, or of metrics that give several (``prdc``). By
+            default every one that some run has, without the details that its metric does not declare
+            (``Metric.better``).
         mmhm: what MMHM is made of. By default the published four, where all runs have them.
         force: compare runs of different protocols all the same; the page says so.
 
@@ -81,9 +83,11 @@ def compare(
         told = "; ".join(f"{name}: {', '.join(map(repr, values))}" for name, values in differing.items())
         raise ValueError(f"runs of different protocols cannot be compared ({told}); --force shows them all the same")
     there = list(dict.fromkeys(name for run in runs for name in run.result.values))
-    shown = (
-        [name for name in there if is_shown(name)] if metrics is None else list(dict.fromkeys(map(canonical, metrics)))
-    )
+    if metrics is None:
+        shown = [name for name in there if is_shown(name)]
+    else:
+        named = [[name] if (name := canonical(m)) in there else values_of(name, there) or [name] for m in metrics]
+        shown = list(dict.fromkeys(itertools.chain(*named)))
     for name in shown:
         if name not in there:
             raise ValueError(f"metrics: no run has {name!r}. There are: {', '.join(there) or 'none'}")

@@ -1,6 +1,7 @@
 """Which way each measured value is better, and which ones bear the number of images in their name."""
 
 import re
+from collections.abc import Iterable
 from functools import cache
 
 from genkit import rewards
@@ -23,6 +24,14 @@ def better(name: str) -> Better | None:
 def is_shown(name: str) -> bool:
     """Whether tables show the value unasked; others are details of one that is."""
     return name in _declared() or better(name) is not None
+
+
+def values_of(metric: str, there: Iterable[str]) -> list[str]:
+    """Which of the values ``there`` the metric of that name gives and tables show: ``frechet`` gives ``fid``."""
+    cls = members(PACKAGE, Metric).get(metric)  # type: ignore[type-abstract]
+    if cls is None:
+        return []
+    return [name for name in there if name in cls.better or metric == "frechet" and _FRECHET.fullmatch(name)]
 
 
 def with_count(name: str, n: int | None) -> str:

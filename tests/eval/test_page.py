@@ -154,6 +154,8 @@ def test_metrics_are_chosen(folder, tmp_path):
     ]  # fmt: skip
     made = compare(runs, metrics=["frechet_raw", "Recall"], mmhm=parse_metrics("frechet_raw:min,recall"))
     assert made.metrics == ["frechet_raw", "recall"] and made.better("frechet_raw") == "lower"
+    given = compare(runs, metrics=["prdc", "frechet", "recall"]).metrics
+    assert given == ["precision", "recall", "density", "coverage", "frechet_distance"]
     with pytest.raises(ValueError, match="metrics: no run has 'lpips'. There are: frechet_distance"):
         compare(runs, metrics=["lpips"])
     with pytest.raises(ValueError, match="missing columns: lpips"):
