@@ -5,7 +5,11 @@ under cosine, bits or levels their number). Batches of 1024 with replacement, Ad
 learning rate warmed up over 25 steps, then constant, then annealed. Usage and perplexity are of all 28,752 patches, the
 error is the mean square of the reconstruction (the variance of the data is 0.41). Both libraries see the same batches
 and start from the same encoder. Steps are few (fewer at 16,384 codes, where the other library holds every pair of patch
-and code): they rank early behaviour. FVQ, which starts as one point, is also trained for 1,500, with three seeds.
+and code): they rank early behaviour. FVQ, which starts as one point, is first trained for 1,500, with three seeds, with
+its default groups, the rotation trick, twice the learning rate, and batches of as many patches as there are codes: each
+code then stands for one a step, as 1024 do in the others' batches. Of 4096 codes that uses 95.9 % with seed 0, 95.0 %
+without the rotation, 93.9 % with batches of 1024 besides, 92.5 % with the single learning rate besides, and 74.9 % with
+groups of 16 besides.
 
 Bounds: after 1,500 steps FVQ uses 99 % of 1024 codes and 95 % of 4096, with every seed; where the other library has the
 same quantizer, our error is at most 1.1 times its, in the geometric mean over sizes of the codebook.
@@ -34,7 +38,7 @@ except ImportError:  # the table then has our rows only
 
 SIZES, LONG, SEEDS = (256, 1024, 4096, 16384), 1500, (0, 1, 2)
 STEPS = {256: 200, 1024: 200, 4096: 200, 16384: 40}
-DIM, BATCH, RATE, WARMUP = 16, 1024, 1e-3, 25
+DIM, BATCH, WARMUP = 16, 1024, 25
 TOLERANCE = 1.1
 LEVELS = {256: (8, 6, 5), 1024: (8, 5, 5, 5), 4096: (7, 5, 5, 5, 5), 16384: (8, 8, 8, 6, 5)}
 
@@ -110,25 +114,34 @@ def mlp(*widths: int) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
-def rate(step: int, steps: int) -> float:
-    """Factor of the learning rate."""
+def factor(step: int, steps: int) -> float:
+    """Of the learning rate."""
     if step < WARMUP:
         return (step + 1) / WARMUP
     u = (step - WARMUP) / max(1, steps - 1 - WARMUP)
     return 1.0 if u < 0.3 else 0.01 + 0.99 * (1 - u) / 0.7
 
 
-def train(quantizer: Quantizer | Theirs, dim: int, data: Tensor, steps: int, seed: int = 0) -> dict[str, float]:
+def train(
+    quantizer: Quantizer | Theirs,
+    dim: int,
+    data: Tensor,
+    steps: int,
+    *,
+    seed: int = 0,
+    rate: float = 1e-3,
+    batch: int = BATCH,
+) -> dict[str, float]:
     """Train an autoencoder about the quantizer; usage, perplexity, error and seconds."""
     torch.manual_seed(seed)
     encoder, decoder = mlp(16, 64, 64, dim), mlp(dim, 64, 64, 16)
     weights = [p for m in (encoder, quantizer, decoder) for p in m.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(weights, lr=RATE, betas=(0.9, 0.95))
+    optimizer = torch.optim.Adam(weights, lr=rate, betas=(0.9, 0.95))
     generator = torch.Generator().manual_seed(seed)
     began = time.perf_counter()
     for step in range(steps):
-        optimizer.param_groups[0]["lr"] = RATE * rate(step, steps)
-        x = data[torch.randint(len(data), (BATCH,), generator=generator)]
+        optimizer.param_groups[0]["lr"] = rate * factor(step, steps)
+        x = data[torch.randint(len(data), (batch,), generator=generator)]
         found = quantizer(encoder(x)[None])
         loss = F.mse_loss(decoder(found.z_q[0]), x) + sum(found.losses.values())
         optimizer.zero_grad()
@@ -158,6 +171,14 @@ def main() -> None:
     data, rows, bounds = patches(), [], {}
     columns = ("error", "usage", "perplexity", "s")
     errors: dict[str, list[float]] = {}
+    for k, least in ((1024, 0.99), (4096, 0.95)):
+        for seed in SEEDS:
+            row = {"quantizer": "fvq", "K": k, "steps": LONG, "seed": seed}
+            fvq = make("fvq", dim=DIM, codebook_size=k, width=64, estimator="rotation", seed=seed)
+            row |= train(fvq, DIM, data, LONG, seed=seed, rate=2e-3, batch=max(BATCH, k))
+            rows.append(row | {f"theirs, {c}": "-" for c in columns})
+            print(*rows[-1].values(), flush=True)
+            bounds[f"fvq, K = {k}, seed {seed}: unused share"] = (1 - row["usage"], 1 - least)
     for name, settings in OURS.items():
         for k in SIZES:
             ours = make(**settings(k))
@@ -170,13 +191,6 @@ def main() -> None:
                 errors.setdefault(name, []).append(row["error"] / theirs["error"])
             rows.append(row | {f"theirs, {c}": theirs[c] for c in columns})
             print(*rows[-1].values(), flush=True)
-    for k, least in ((1024, 0.99), (4096, 0.95)):
-        for seed in SEEDS:
-            row = {"quantizer": "fvq", "K": k, "steps": LONG, "seed": seed}
-            row |= train(make(**OURS["fvq"](k), seed=seed), DIM, data, LONG, seed)
-            rows.append(row | {f"theirs, {c}": "-" for c in columns})
-            print(*rows[-1].values(), flush=True)
-            bounds[f"fvq, K = {k}, seed {seed}: unused share"] = (1 - row["usage"], 1 - least)
     for name, some in errors.items():
         bounds[f"{name}: error over the other library's"] = (math.prod(some) ** (1 / len(some)), TOLERANCE)
     report("quantizers", rows, bounds)
