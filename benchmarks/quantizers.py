@@ -173,7 +173,7 @@ def main() -> None:
     errors: dict[str, list[float]] = {}
     for k, least in ((1024, 0.99), (4096, 0.95)):
         for seed in SEEDS:
-            row = {"quantizer": "fvq", "K": k, "steps": LONG, "seed": seed}
+            row: dict[str, Any] = {"quantizer": "fvq", "K": k, "steps": LONG, "seed": seed}
             fvq = make("fvq", dim=DIM, codebook_size=k, width=64, estimator="rotation", seed=seed)
             row |= train(fvq, DIM, data, LONG, seed=seed, rate=2e-3, batch=max(BATCH, k))
             rows.append(row | {f"theirs, {c}": "-" for c in columns})
@@ -182,7 +182,7 @@ def main() -> None:
     for name, settings in OURS.items():
         for k in SIZES:
             ours = make(**settings(k))
-            row: dict[str, Any] = {"quantizer": name, "K": ours.codebook_size, "steps": STEPS[k], "seed": 0}
+            row = {"quantizer": name, "K": ours.codebook_size, "steps": STEPS[k], "seed": 0}
             row |= train(ours, ours.dim, data, STEPS[k])
             theirs = dict.fromkeys(columns, "-")
             if peer is not None and name in THEIRS:
