@@ -457,7 +457,9 @@ def explain_difference(
     rules: Annotated[
         str | None, typer.Option(help="Resize rules to try, separated by commas: tf1,clean. All by default.")
     ] = None,
-    values: Annotated[str | None, typer.Option(help="Two published numbers X,Y: which of these choices, on A and B, makes X - Y?")] = None,
+    values: Annotated[
+        str | None, typer.Option(help="Two published numbers X,Y: which of these choices, on A and B, makes X - Y?")
+    ] = None,
     n: Annotated[int | None, typer.Option("--n", "-n", help="Use only this many images of each side.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the draw of those.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images at a time.")] = None,
