@@ -7,7 +7,7 @@ import pkgutil
 import re
 from importlib import import_module, resources
 from pathlib import Path
-from types import ModuleType
+from types import FunctionType, ModuleType
 
 from genkit.registry import unknown
 
@@ -17,19 +17,20 @@ FAMILIES = {
     "genkit.guidance": "genkit.guidance.base:Guider",
     "genkit.schedulers": "genkit.schedulers.base:PathScheduler",
     "genkit.networks": "diffusers:ModelMixin",
+    "genkit.quantizers": "genkit.quantizers.base:Quantizer",
     "genkit.training.objectives": "genkit.training.objectives.base:Objective",
     "genkit.eval.extractors": "genkit.eval.extractors.base:Extractor",
     "genkit.eval.metrics": "genkit.eval.metrics.base:Metric",
     "genkit.data": "genkit.data.base:Source",
     "genkit.rewards": "genkit.rewards.base:Reward",
 }
-ALONE = ("genkit.eval.geneval", "genkit.eval.mmhm")  # methods that are of no family
+ALONE = ("genkit.eval.geneval", "genkit.eval.mmhm", "genkit.step_annealing")  # methods that are of no family
 
 
 def methods() -> dict[str, list[str]]:
     """``{method: [arXiv ids]}`` for every method of the toolkit, and for other files of its folder that name a paper.
 
-    The ids are read from the docstrings of the file and of its public classes.
+    The ids are read from the docstrings of the file and of its public classes and functions.
     """
     from genkit.registry import members
 
@@ -51,9 +52,10 @@ def _ids(module: ModuleType) -> list[str]:
     own = [
         value
         for name, value in vars(module).items()
-        if isinstance(value, type) and value.__module__ == module.__name__ and not name.startswith("_")
+        if isinstance(value, (type, FunctionType)) and value.__module__ == module.__name__ and not name.startswith("_")
     ]
-    return [i for documented in (module, *own) for i in re.findall(r"\b\d{4}\.\d{5}\b", documented.__doc__ or "")]
+    named = (i for documented in (module, *own) for i in re.findall(r"\b\d{4}\.\d{5}\b", documented.__doc__ or ""))
+    return list(dict.fromkeys(named))
 
 
 def entries() -> dict[str, str]:
@@ -76,6 +78,7 @@ def methods_of_run(folder: Path) -> list[str]:
         settings = yaml.safe_load(config.read_text(encoding="utf-8"))
         used |= {settings[key]["name"] for key in ("objective", "data") if isinstance(settings.get(key), dict)}
         used |= {n for n in [settings.get("model", {}).get("network")] if n}
+        used |= _quantizers(settings.get("model", {}).get("quantizer"))
         for key in ("rewards", "held_out"):
             judges = (settings.get("objective") or {}).get(key) or []
             used |= {judge if isinstance(judge, str) else judge["name"] for judge in judges}
@@ -85,6 +88,13 @@ def methods_of_run(folder: Path) -> list[str]:
     if not used:
         raise ValueError(f"{folder}: no config.yaml or results.json of a run below it")
     return sorted(used & set(methods()))
+
+
+def _quantizers(settings: object) -> set[str]:
+    """Names of a quantizer and of those that it consists of."""
+    if not isinstance(settings, dict):
+        return set()
+    return {settings["kind"], *_quantizers(settings.get("quantizer"))} if "kind" in settings else set()
 
 
 def bibtex(target: str) -> str:

@@ -48,6 +48,10 @@ def test_cite_a_method_and_a_run(tmp_path):
     (tmp_path / "config.yaml").write_text(f"objective: {{name: leapalign, {rewards}}}\n")
     text = call("cite", tmp_path).output
     assert "2305.13301" in text and "2305.01569" in text and "2306.09341" not in text
+    quantizer = "{kind: residual, dim: 8, quantizer: {kind: fvq}}"
+    (tmp_path / "config.yaml").write_text(f"objective: {{name: tokenizer}}\nmodel: {{quantizer: {quantizer}}}\n")
+    text = call("cite", tmp_path).output
+    assert "2509.10140" in text and "2203.01941" in text
 
 
 @pytest.mark.parametrize(
@@ -62,6 +66,10 @@ def test_cite_a_method_and_a_run(tmp_path):
         ("geneval", ["2310.11513"]),
         ("lpips", ["1801.03924"]),
         ("dinov2", ["2306.04675"]),
+        ("fvq", ["2509.10140"]),
+        ("vq", ["1711.00937", "2110.04627"]),
+        ("estimators", ["2410.06424", "2511.07903", "2308.06689"]),
+        ("step_annealing", ["2505.20297"]),
     ],
 )
 def test_cite_rewards_and_particle_methods(method, ids):
