@@ -25,7 +25,9 @@ def save_model(folder):
 def _launched(rank, count, port, function, arguments):
     from accelerate import PartialState
 
+    # A product of matrices hangs on the number of threads in its last bits, and accelerate would choose another one.
     torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
     where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({key: str(value) for key, value in where.items()})
     PartialState._reset_state()  # the parent's
