@@ -21,13 +21,10 @@ from genkit.guidance.base import Guider
 from genkit.latents import compression
 from genkit.pipelines.base import DenoiserPipeline, PipelineOutput
 from genkit.pipelines.by_name import parse_guider
+from genkit.pipelines.by_student import arguments_of, draw_images, draws_by_labels
 from genkit.pipelines.commands import adopt
 from genkit.pipelines.numbered import asked_of, described, make_images, num_classes, shape_of_call, steps_of_call
-from genkit.registry import unknown
 from genkit.rng import ItemRNG
-
-_DECIDED = {"self", "class_labels", "num_inference_steps", "num_images_per_label", "generator", "output_type"}
-_DECIDED |= {"return_dict"}
 
 
 def generated_images(
@@ -73,7 +70,7 @@ def generated_images(
     name = name or name_of(pipe.config.get("_name_or_path") or type(pipe).__name__)
     settings = dict(arguments or {})
     model: Model
-    if hasattr(pipe, "student_class") and "class_labels" in inspect.signature(type(pipe).__call__).parameters:
+    if draws_by_labels(type(pipe)):
         if guider is not None:
             raise ValueError(f"guider={guider!r}: a {type(pipe).__name__} takes none, but arguments: guidance_scale")
         model = _ByStudent(pipe, asked, seed, settings, name, num_inference_steps)
@@ -223,16 +220,10 @@ class _ByStudent(Model):
         super().__init__(asked, seed)
         student = pipe.student_class.of_pipeline(pipe)
         network, count = type(student.network).__name__, student.num_classes
-        call = inspect.signature(type(pipe).__call__).parameters
-        for setting in arguments:
-            if setting not in call.keys() - _DECIDED:
-                raise ValueError(unknown("arguments: setting", setting, call.keys() - _DECIDED))
         self.made_with = {"model": name, "seed": seed, **arguments}
-        if "num_inference_steps" in call:
-            steps = call["num_inference_steps"].default if num_inference_steps is None else num_inference_steps
-            self.made_with["steps"] = arguments["num_inference_steps"] = steps
-        elif num_inference_steps is not None:
-            raise ValueError(f"num_inference_steps={num_inference_steps}: a {type(pipe).__name__} takes none")
+        arguments = arguments_of(pipe, num_inference_steps, arguments)
+        if "num_inference_steps" in arguments:
+            self.made_with["steps"] = arguments["num_inference_steps"]
         if asked.labels is None:
             raise ValueError(f"{network} takes class labels, and {asked.of} has none")
         least, most = int(asked.labels.min()), int(asked.labels.max())
@@ -247,8 +238,7 @@ class _ByStudent(Model):
     def _call(self, items: Sequence[int]) -> PipelineOutput:
         assert self.asked.labels is not None
         labels = self.asked.labels[list(items)]
-        generators = ItemRNG(self.seed, items).generators()
-        return self.pipe(labels, generator=generators, output_type="pt", **self._arguments)
+        return draw_images(self.pipe, self.seed, items, labels, self._arguments, "pt")
 
 
 @contextlib.contextmanager

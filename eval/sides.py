@@ -18,9 +18,9 @@ from genkit.eval.reconstructed import load_autoencoder, reconstructed_images
 from genkit.eval.statistics import FeatureStats, is_statistics
 from genkit.pipelines.base import DenoiserPipeline
 from genkit.pipelines.by_name import parse_scheduler, parse_settings
-from genkit.pipelines.commands import DTYPES, load_pipeline
+from genkit.pipelines.commands import DTYPES, load_any
 from genkit.pipelines.numbered import lines_of, num_classes
-from genkit.registry import members, unknown
+from genkit.registry import unknown
 
 PIPELINE, RECONSTRUCTED = "pipeline:", "reconstructed:"
 Side = str | Path | ImageSet | FeatureSet | FeatureStats
@@ -119,18 +119,10 @@ def open_sides(
 
 
 def _pipeline(folder: str, chosen: Generation, device: torch.device | str) -> DiffusionPipeline:
-    index = Path(folder) / "model_index.json"
-    dtype = DTYPES[chosen.dtype or "float32"]
-    name = json.loads(index.read_text())["_class_name"] if index.is_file() else None
-    known = members("genkit.pipelines", DiffusionPipeline)
-    cls: Any = next((cls for cls in known.values() if cls.__name__ == name and hasattr(cls, "student_class")), None)
-    if cls is not None:
-        if chosen.scheduler is not None:
-            raise ValueError(f"scheduler={chosen.scheduler!r}: a {cls.__name__} has none")
-        with torch.random.fork_rng(devices=[]):
-            return cls.from_pretrained(folder, dtype=dtype).to(device)
-    pipe = load_pipeline(folder, dtype=dtype)
+    pipe = load_any(folder, dtype=DTYPES[chosen.dtype or "float32"])
     if chosen.scheduler is not None:
+        if not isinstance(pipe, DenoiserPipeline):
+            raise ValueError(f"scheduler={chosen.scheduler!r}: a pipeline of the class {type(pipe).__name__} has none")
         pipe.register_modules(scheduler=parse_scheduler(chosen.scheduler, pipe.scheduler))
     return pipe.to(device)
 

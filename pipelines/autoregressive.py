@@ -34,6 +34,8 @@ class AutoregressivePipeline(DiffusionPipeline):
 
     network_class = GPT
     student_class = Autoregressive
+    sampling_class = TokenSampling
+    model_cpu_offload_seq = "transformer->vqvae"
 
     _optional_components = ["vqvae"]
 

@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from genkit._files import first_line
 from genkit.adapters import parse_adapter
 from genkit.pipelines.base import DenoiserPipeline
 from genkit.pipelines.by_name import parse_guider, parse_scheduler, parse_settings
+from genkit.pipelines.by_student import arguments_of, draw_images, draws_by_labels, labels_of, student_pipelines
 from genkit.pipelines.class_conditional import ClassConditionalPipeline
 from genkit.pipelines.few_step import FewStepPipeline
 from genkit.pipelines.image_folder import ImageFolder
@@ -31,20 +33,46 @@ def load_pipeline(pipeline: str | Path, **kwargs: Any) -> DenoiserPipeline:
 
     Raises:
         FileNotFoundError: no pipeline there.
-        ValueError: a pipeline that makes images of neither prompts nor labels, or a part is missing there.
+        ValueError: a pipeline that makes images of neither prompts nor labels, or one of a network that is no denoiser,
+            or a part is missing there.
     """
+    index = _index(pipeline)
+    return _read(_class_for(index["_class_name"], index, f"pipeline={str(pipeline)!r}"), pipeline, kwargs)
+
+
+def load_any(pipeline: str | Path, **kwargs: Any) -> DiffusionPipeline:
+    """As :func:`load_pipeline`; of a network that is no denoiser (``genkit.students``), the pipeline that was saved.
+
+    Raises:
+        FileNotFoundError, ValueError: as there; a pipeline that makes images of images.
+    """
+    index = _index(pipeline)
+    own = student_pipelines().get(index["_class_name"])
+    if own is None:
+        return load_pipeline(pipeline, **kwargs)
+    if not draws_by_labels(own):
+        raise ValueError(
+            f"pipeline={str(pipeline)!r} is a {own.__name__}, which makes images of images: call it in Python, or "
+            "measure it by `genkit eval run` and reconstructed:FOLDER"
+        )
+    return _read(own, pipeline, kwargs)
+
+
+def _index(pipeline: str | Path) -> dict:
     folder = Path(pipeline)
     if not (folder / "model_index.json").is_file() and (
         folder.exists() or not re.fullmatch(r"[\w-]+/[\w.-]+", str(pipeline))
     ):
         raise FileNotFoundError(f"pipeline={str(pipeline)!r} has no model_index.json: not a Diffusers pipeline folder")
     try:
-        index: dict = DiffusionPipeline.load_config(str(pipeline))  # type: ignore[assignment]
+        return DiffusionPipeline.load_config(str(pipeline))  # type: ignore[return-value]
     except OSError as error:
         raise FileNotFoundError(
             f"pipeline={str(pipeline)!r} is no folder, nor found on the Hub: {first_line(error)}"
         ) from error
-    cls = _class_for(index["_class_name"], index, f"pipeline={str(pipeline)!r}")
+
+
+def _read(cls: Any, pipeline: str | Path, kwargs: dict[str, Any]) -> Any:
     try:
         with torch.random.fork_rng(devices=[]):  # networks draw their first weights before they are given those there
             return cls.from_pretrained(str(pipeline), **kwargs)
@@ -71,6 +99,10 @@ def _class_for(name: str, parts: Mapping[str, Any], what: str) -> type[DenoiserP
     """``parts``: what the pipeline called ``name`` has, by name; ``what`` names it in the error."""
     if name in PIPELINES:
         return PIPELINES[name]
+    if name in student_pipelines():
+        raise ValueError(
+            f"{what} is of the class {name}, of a network that is no denoiser; accepted here are {', '.join(PIPELINES)}"
+        )
     if parts.get("text_encoder"):
         return TextToImagePipeline
     if parts.get("transformer"):
@@ -107,7 +139,7 @@ def sample_to_folder(
     already, from an earlier call with the same settings, are not made again.
 
     Args:
-        pipeline: a folder or a repository of the Hub; see :func:`load_pipeline`.
+        pipeline: a folder or a repository of the Hub; see :func:`load_any`.
         output: the folder to write to, which is returned.
         prompts, labels: what to make images of, by which of the two the network takes; labels by number or name. All
             labels by default.
@@ -134,27 +166,45 @@ def sample_to_folder(
     rule = None if guider is None else parse_guider(guider)
     extra = parse_settings("arguments", arguments)
     loras = [parse_adapter(text) for text in adapters]
-    pipe = load_pipeline(pipeline, dtype=DTYPES[dtype])
+    pipe: Any = load_any(pipeline, dtype=DTYPES[dtype])
+    student = not isinstance(pipe, DenoiserPipeline)
+    if student:
+        refused = {"guider": guider, "scheduler": scheduler, "adapters": list(adapters), "prompts": list(prompts)}
+        for name, value in refused.items():
+            if value:
+                raise ValueError(
+                    f"{name}={value!r}: a pipeline of the class {type(pipe).__name__} takes none; accepted are labels, "
+                    "and arguments (--set on a command line), of which guidance_scale is one"
+                )
     for i, (path, scale) in enumerate(loras):
         pipe.load_lora_weights(path, f"adapter_{i}", scale)
     if scheduler is not None:
         pipe.register_modules(scheduler=parse_scheduler(scheduler, pipe.scheduler))
-    steps = steps_of_call(pipe, num_inference_steps, extra)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if student:
+        call = arguments_of(pipe, num_inference_steps, extra)
+        steps, asked, given = call.get("num_inference_steps"), labels_of(pipe, [*labels, *lines]), "class_labels"
+    else:
+        steps = steps_of_call(pipe, num_inference_steps, extra)
+        if lines:
+            prompts, labels = ([*prompts, *lines], labels) if pipe.classic is not None else (prompts, [*labels, *lines])
+        asked, given = asked_of(pipe, prompts, labels)
     pipe.enable_model_cpu_offload(device=device) if offload else pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
-    if lines:
-        prompts, labels = ([*prompts, *lines], labels) if pipe.classic is not None else (prompts, [*labels, *lines])
-    asked, given = asked_of(pipe, prompts, labels)
     items = [value for value in asked for _ in range(num_images)]
-    shape = shape_of_call(pipe, rule, given, asked[0], steps, extra)
+    if student:
+        make = partial(draw_images, pipe, seed, arguments=call)
+    else:
+        shape = shape_of_call(pipe, rule, given, asked[0], steps, extra)
+        ruled = extra if rule is None else {**extra, "guider": rule}
+        make = partial(make_images, pipe, seed, given=given, shape=shape, num_inference_steps=steps, **ruled)
     settings = {
         "pipeline": str(Path(pipeline).resolve()) if Path(pipeline).exists() else str(pipeline),
         "asked": asked,
         "num_images": num_images,
         "num_inference_steps": steps,
         "guider": None if rule is None else described(rule),
-        "scheduler": described(pipe.scheduler),
+        "scheduler": None if student else described(pipe.scheduler),
         # None without any: the folders that earlier versions made do not name them.
         "adapters": [[str(Path(path).resolve()) if Path(path).exists() else path, s] for path, s in loras] or None,
         "arguments": extra,
@@ -163,14 +213,10 @@ def sample_to_folder(
     }
     folder = ImageFolder(output, settings, [_row(i, value, given) for i, value in enumerate(items)])
     missing = folder.missing
-    if rule is not None:
-        extra["guider"] = rule
     with tqdm(total=len(items), initial=len(items) - len(missing), unit="image", disable=quiet or None) as bar:
         for start in range(0, len(missing), batch_size):
             batch = missing[start : start + batch_size]
-            what = [items[i] for i in batch]
-            images = make_images(pipe, seed, batch, given, what, shape, num_inference_steps=steps, **extra).images
-            for i, image in zip(batch, images, strict=True):
+            for i, image in zip(batch, make(items=batch, what=[items[i] for i in batch]).images, strict=True):
                 folder.save(i, image)
             bar.update(len(batch))
     square = math.ceil(math.sqrt(min(len(items), 400)))

@@ -36,6 +36,7 @@ class MaskedAutoregressivePipeline(DiffusionPipeline):
 
     network_class = MAR
     student_class = MaskedAutoregressive
+    sampling_class = MARSampling
     model_cpu_offload_seq = "transformer->vae"
     _optional_components = ["vae"]
 

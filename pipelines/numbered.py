@@ -86,10 +86,20 @@ def steps_of_call(pipe: DenoiserPipeline, num_inference_steps: int | None, extra
     """How many steps a call makes, by default the pipeline's own. Refuses arguments that it does not take."""
     call = inspect.signature(type(pipe).__call__).parameters
     open_ended = any(p.kind is p.VAR_KEYWORD for p in call.values())
+    refuse_steps_of(extra)
     for name in extra:
         if name in _TAKEN or not open_ended and name not in call:
             raise ValueError(unknown("arguments: setting", name, call.keys() - _TAKEN))
     return call["num_inference_steps"].default if num_inference_steps is None else num_inference_steps
+
+
+def refuse_steps_of(extra: Mapping[str, Any]) -> None:
+    """Refuse a number of steps among the arguments of a call."""
+    if "num_inference_steps" in extra:
+        raise ValueError(
+            f"arguments: num_inference_steps={extra['num_inference_steps']!r} is a setting of its own, --steps on a "
+            "command line, a whole number; steps that fall (StepAnnealer) are given to the pipeline in Python"
+        )
 
 
 def make_images(

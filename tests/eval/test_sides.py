@@ -151,7 +151,7 @@ def test_an_autoregressive_pipeline(real, tmp_path):
     AutoregressivePipeline(GPT(hidden_size=16, num_layers=1, num_heads=2, sample_size=4)).save_pretrained(tmp_path)
     _, images, _ = open_sides(real, f"pipeline:{tmp_path}", n=3, generation=Generation(arguments="guidance_scale=2"))
     assert images.load(torch.arange(3)).shape == (3, 1, 4, 4) and images.model.network_calls() == 32
-    with pytest.raises(ValueError, match="scheduler='pndm': a AutoregressivePipeline has none"):
+    with pytest.raises(ValueError, match="scheduler='pndm': a pipeline of the class AutoregressivePipeline has none"):
         open_sides(real, f"pipeline:{tmp_path}", generation=Generation(scheduler="pndm"))
 
 

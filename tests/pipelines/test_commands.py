@@ -16,8 +16,12 @@ from PIL import Image
 
 from genkit.guidance import CFG
 from genkit.networks.dit import DiT
+from genkit.networks.gpt import GPT
+from genkit.networks.mar import MAR
 from genkit.pipelines import ClassConditionalPipeline
+from genkit.pipelines.autoregressive import AutoregressivePipeline
 from genkit.pipelines.commands import load_pipeline, parse_guider, parse_scheduler, parse_settings, sample_to_folder
+from genkit.pipelines.masked_autoregressive import MaskedAutoregressivePipeline
 from genkit.rng import ItemRNG
 from genkit.schedulers import FlowMapScheduler
 from genkit.schedulers.exact_denoiser import ExactDenoiserScheduler
@@ -272,3 +276,83 @@ def test_parse_scheduler_keeps_the_path(tiny_pipeline):
     torch.testing.assert_close(back.alphas_cumprod, old.alphas_cumprod)
     shifted = parse_scheduler("flow_map:shift=2.0", tiny_pipeline("sd3").scheduler)
     assert shifted.config.shift == 2.0
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory):
+    """A GPT, token after token."""
+    path = tmp_path_factory.mktemp("gpt")
+    torch.manual_seed(0)
+    net = GPT(vocab_size=5, sample_size=4, num_classes=3, hidden_size=16, num_layers=1, num_heads=2)
+    torch.nn.init.normal_(net.out.weight, std=0.5)
+    AutoregressivePipeline(net).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def masked(tmp_path_factory):
+    """A MAR, a set of tokens after the other."""
+    path = tmp_path_factory.mktemp("mar")
+    torch.manual_seed(0)
+    net = MAR(
+        num_classes=3, sample_size=4, hidden_size=16, num_layers=1, num_heads=2, head_width=16, head_layers=1,
+        buffer_size=2,
+    )  # fmt: skip
+    for weight in (net.head.out.weight, net.head.modulation.weight):
+        torch.nn.init.normal_(weight, std=0.05)
+    MaskedAutoregressivePipeline(net).save_pretrained(path)
+    return path
+
+
+def test_token_after_token(tokens, tmp_path):
+    settings = dict(labels=["2", "0"], num_images=2, num_inference_steps=None)
+    one = images(call(tokens, tmp_path / "a", batch_size=1, **settings))
+    assert list(one) == [f"{c}/{i:06d}.png" for c, rows in ((0, (2, 3)), (2, (0, 1))) for i in rows]
+    assert one == images(call(tokens, tmp_path / "b", batch_size=4, **settings)) and len(set(one.values())) == 4
+    pipe = AutoregressivePipeline.from_pretrained(tokens)
+    expected = pipe([0], generator=ItemRNG(0, [2]).generators()).images[0]
+    assert numpy.array_equal(numpy.asarray(Image.open(tmp_path / "a/0/000002.png")), numpy.asarray(expected))
+    greedy = call(tokens, tmp_path / "c", arguments="temperature=0,guidance_scale=2.0", **settings)
+    first, second = (numpy.asarray(Image.open(greedy / f"2/00000{i}.png")) for i in (0, 1))
+    assert numpy.array_equal(first, second)
+    assert len(images(call(tokens, tmp_path / "d", num_inference_steps=None))) == 3  # one of each label
+    with pytest.raises(ValueError, match="holds images made with {'arguments': {'temperature': 0"):
+        call(tokens, tmp_path / "c", **settings)
+
+
+def test_a_set_of_tokens_after_the_other(masked, tmp_path):
+    settings = dict(labels=["1"], num_images=2, arguments="num_ar_steps=4,guidance_scale=2.0")
+    one = images(call(masked, tmp_path / "a", batch_size=1, **settings))
+    assert one == images(call(masked, tmp_path / "b", batch_size=2, **settings)) and len(set(one.values())) == 2
+    pipe = MaskedAutoregressivePipeline.from_pretrained(masked)
+    expected = pipe([1], 2, num_ar_steps=4, guidance_scale=2.0, generator=ItemRNG(0, [1]).generators()).images[0]
+    assert numpy.array_equal(numpy.asarray(Image.open(tmp_path / "a/1/000001.png")), numpy.asarray(expected))
+
+
+@pytest.mark.parametrize(
+    "settings, text",
+    [
+        (dict(num_inference_steps=4), "=4: a pipeline of the class AutoregressivePipeline takes none"),
+        (dict(guider="cfg"), "guider='cfg': a pipeline of the class AutoregressivePipeline takes none; accepted are"),
+        (dict(scheduler="pndm"), "scheduler='pndm'"),
+        (dict(adapters=["lora"]), r"adapters=\['lora'\]"),
+        (dict(prompts=["a three"]), r"prompts=\['a three'\]"),
+        (dict(labels=["three"]), r"labels=\['three'\]: accepted are numbers, 0 to 2"),
+        (dict(labels=["3"]), "accepted are 0 to 2"),
+        (dict(arguments="temprature=1"), "'temprature'.*did you mean 'temperature'"),
+        (dict(arguments="top_p=2"), "top_p=2"),
+        (dict(arguments="num_inference_steps=4"), "is a setting of its own, --steps on a command line"),
+    ],
+)
+def test_token_after_token_refuses(settings, text, tokens, tmp_path):
+    with pytest.raises(ValueError, match=text):
+        sample_to_folder(tokens, tmp_path / "a", **settings)
+    assert not (tmp_path / "a").exists()
+
+
+def test_pipelines_of_no_denoiser_elsewhere(tokens, tmp_path):
+    with pytest.raises(ValueError, match="of a network that is no denoiser; accepted here are Class"):
+        load_pipeline(tokens)
+    (tmp_path / "model_index.json").write_text('{"_class_name": "TokenizerPipeline", "vqvae": [null, null]}')
+    with pytest.raises(ValueError, match="is a TokenizerPipeline, which makes images of images.*reconstructed:"):
+        sample_to_folder(tmp_path, tmp_path / "a")
