@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -9,15 +10,37 @@ from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor
 
 from genkit.autoregressive import Autoregressive
+from genkit.denoisers.network import unwrap
 from genkit.networks.gpt import GPT
+from genkit.networks.tokenizer import ImageTokenizer
 from genkit.pipelines.base import PipelineOutput
 from genkit.token_sampling import TokenSampling
 
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-def fingerprint(tokenizer) -> str:
-    """The first 12 hexadecimal digits of the SHA-256 of a tokenizer's codes."""
-    codes = tokenizer.quantizer.codebook().detach().float().cpu().contiguous()
-    return hashlib.sha256(codes.numpy().tobytes()).hexdigest()[:12]
+
+def fingerprints(tokenizer: ImageTokenizer) -> dict[str, str]:
+    """The first 12 hexadecimal digits of the SHA-256 of a tokenizer's codes and weights, by the type of the weights.
+
+    Of each type that it may be loaded in, since rounding makes other weights of them. Codes are float32 always, and
+    those of a baked tokenizer are the same.
+    """
+    tokenizer = unwrap(tokenizer)  # type: ignore[assignment]
+    state = {name: value for name, value in tokenizer.state_dict().items() if not name.startswith("quantizer.")}
+    start = hashlib.sha256()
+    _add(start, "codes", tokenizer.quantizer.codebook().float())
+    found = {}
+    for name, dtype in _DTYPES.items():
+        digest = start.copy()
+        for key, value in sorted(state.items()):
+            _add(digest, key, value.to(dtype))
+        found[name] = digest.hexdigest()[:12]
+    return found
+
+
+def _add(digest: Any, name: str, tensor: Tensor) -> None:
+    digest.update(f"{name} {tuple(tensor.shape)} ".encode())
+    digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
 
 
 class AutoregressivePipeline(DiffusionPipeline):
@@ -26,10 +49,11 @@ class AutoregressivePipeline(DiffusionPipeline):
     Args:
         transformer: the network.
         vqvae: the tokenizer whose tokens they are; without one they are grey levels.
-        codebook: what the tokenizer's codes were when the network was trained on them, filled in by itself.
+        tokenizer_fingerprints: of the tokenizer on whose tokens the network was trained, filled in by itself.
 
     Raises:
-        ValueError: a tokenizer with another number of codes than the network has tokens, or with other codes.
+        ValueError: a tokenizer with another number of codes than the network has tokens; other codes or weights than
+            those of the one that the network was trained with.
     """
 
     network_class = GPT
@@ -39,17 +63,27 @@ class AutoregressivePipeline(DiffusionPipeline):
 
     _optional_components = ["vqvae"]
 
-    def __init__(self, transformer, vqvae=None, codebook: str | None = None):
+    def __init__(self, transformer, vqvae=None, tokenizer_fingerprints: dict[str, str] | None = None):
         super().__init__()
         self.register_modules(transformer=transformer, vqvae=vqvae)
-        Autoregressive.of_pipeline(self)  # refuses a tokenizer of other tokens
-        found = None if vqvae is None else fingerprint(vqvae)
-        if codebook is not None and found != codebook:
-            raise ValueError(
-                f"vqvae has the codebook {found}, the transformer was trained on tokens of {codebook}, which mean "
-                "other pictures"
-            )
-        self.register_to_config(codebook=found)
+        self.register_to_config(tokenizer_fingerprints=tokenizer_fingerprints)
+        self._check_tokenizer()
+
+    def _check_tokenizer(self) -> None:
+        """Refuse a tokenizer of other tokens; what it is, is noted for those who load this pipeline."""
+        Autoregressive.of_pipeline(self)
+        found = None if self.vqvae is None else fingerprints(self.vqvae)
+        known = self.config.tokenizer_fingerprints
+        if known is not None:
+            dtype = str(getattr(self.vqvae, "dtype", torch.float32)).removeprefix("torch.")
+            dtype = dtype if dtype in _DTYPES else "float32"
+            if found is None or found[dtype] != known[dtype]:
+                raise ValueError(
+                    f"vqvae has the fingerprint {found and found[dtype]}, the transformer was trained on tokens of "
+                    f"{known[dtype]}, which mean other pictures; accepted is the tokenizer with those codes and weights"
+                )
+        self.register_to_config(tokenizer_fingerprints=found)
+        self._checked = self.vqvae
 
     @torch.no_grad()
     def __call__(
@@ -78,12 +112,15 @@ class AutoregressivePipeline(DiffusionPipeline):
                 the same in [-1, 1].
 
         Raises:
-            ValueError: a label or setting out of range, no pictures, another number of generators than of pictures.
+            ValueError: a label or setting out of range, no pictures, another number of generators than of pictures, a
+                ``vqvae`` in place of the one that was there with other codes or weights.
         """
         if num_images_per_label < 1:
             raise ValueError(f"num_images_per_label={num_images_per_label}: must be at least 1")
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type={output_type!r}: accepted are pil, np, pt, latent")
+        if self.vqvae is not self._checked:
+            self._check_tokenizer()
         sampling = TokenSampling(guidance_scale, guidance_end, temperature, top_k, top_p)
         model = Autoregressive.of_pipeline(self)
         condition = model.encode(self, class_labels=class_labels).repeat(num_images_per_label)

@@ -1,5 +1,7 @@
 """The pipeline of an autoregressive network."""
 
+import copy
+
 import pytest
 import torch
 from diffusers import DiffusionPipeline
@@ -8,7 +10,7 @@ from torch import nn
 from genkit.autoregressive import Autoregressive
 from genkit.networks.gpt import GPT
 from genkit.networks.tokenizer import ImageTokenizer
-from genkit.pipelines.autoregressive import AutoregressivePipeline
+from genkit.pipelines.autoregressive import AutoregressivePipeline, fingerprints
 
 
 @pytest.fixture
@@ -103,6 +105,43 @@ def test_a_tokenizer_that_does_not_fit(of_tokens):
     several = tokenizer(kind="grouped", groups=2, dim=4, quantizer={"kind": "vq", "codebook_size": 7})
     with pytest.raises(ValueError, match=r"the tokenizer has 7 codes, \(2,\) a cell"):
         AutoregressivePipeline(of_tokens.transformer, several)
+
+
+def test_a_tokenizer_of_other_tokens(of_tokens, tmp_path):
+    """Other codes, or other weights around the same ones; also where it takes the place of the one that was there."""
+    known = of_tokens.config.tokenizer_fingerprints
     other = tokenizer(kind="vq", codebook_size=7, dim=4, init="normal", seed=5)
-    with pytest.raises(ValueError, match="was trained on tokens of .* which mean other pictures"):
-        AutoregressivePipeline(of_tokens.transformer, other, codebook=of_tokens.config.codebook)
+    text = "was trained on tokens of .* which mean other pictures"
+    with pytest.raises(ValueError, match=text):
+        AutoregressivePipeline(of_tokens.transformer, other, known)
+    with pytest.raises(ValueError, match="vqvae has the fingerprint None"):
+        AutoregressivePipeline(of_tokens.transformer, None, known)
+    one, two = (tokenizer(kind="lfq", dim=3) for _ in range(2))
+    network = GPT(vocab_size=8, sample_size=4, num_classes=3, hidden_size=16, num_layers=1, num_heads=2)
+    pipe = AutoregressivePipeline(network.eval(), one)
+    pipe.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=text):
+        AutoregressivePipeline.from_pretrained(tmp_path, vqvae=two)
+    pipe.vqvae = copy.deepcopy(one)
+    assert pipe([1], generator=seeds(1), output_type="pt").images.shape == (1, 3, 8, 8)
+    for wrong in (two, None):
+        pipe.vqvae = wrong
+        with pytest.raises(ValueError, match=text):
+            pipe([1])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_tokenizer_is_known_in_every_type(dtype, of_tokens, tmp_path):
+    of_tokens.save_pretrained(tmp_path / "whole")
+    half = AutoregressivePipeline.from_pretrained(tmp_path / "whole", torch_dtype=dtype)
+    assert half.vqvae.dtype == dtype and half.vqvae.decoder.conv_out.weight.dtype == dtype
+    half.save_pretrained(tmp_path / "half")
+    for loaded in (torch.float32, dtype):
+        AutoregressivePipeline.from_pretrained(tmp_path / "half", torch_dtype=loaded)
+    with pytest.raises(ValueError, match="was trained on tokens of"):
+        AutoregressivePipeline.from_pretrained(tmp_path / "half", torch_dtype=dtype, vqvae=tokenizer().to(dtype))
+
+
+def test_a_baked_tokenizer_is_the_same():
+    whole = tokenizer(kind="fvq", codebook_size=8, dim=4, start="spread")
+    assert fingerprints(whole.bake()) == fingerprints(whole)
