@@ -270,12 +270,8 @@ def _kind(quantizer: Quantizer) -> str:
 
 
 def _settings(quantizer: Quantizer) -> dict[str, Any]:
-    """What :func:`_make` makes a quantizer like this one of."""
-    settings = quantizer.config.model_dump(mode="json", exclude_defaults=True)
-    if isinstance(settings.get("quantizer"), dict):  # the kind of the parts that it consists of, which bake too
-        parts: Any = quantizer.get_submodule("parts")
-        settings["quantizer"] = {k: v for k, v in _settings(parts[0]).items() if k != "dim"}
-    return {"kind": _kind(quantizer), **settings}
+    """What :func:`_make` makes a quantizer like this one of: all that was set, a seed of 0 as well."""
+    return {"kind": _kind(quantizer), **quantizer.config.model_dump(mode="json", exclude_unset=True)}
 
 
 def _seeded(settings: dict[str, Any]) -> dict[str, Any]:

@@ -67,7 +67,7 @@ class Grouped(Quantizer):
 
     def bake(self) -> "Quantizer":
         parts = [part.bake() for part in self.parts]  # type: ignore[operator]
-        inner = {name: value for name, value in parts[0].settings.items() if name not in ("dim", "seed")}
+        inner = {name: value for name, value in parts[0].settings.items() if name != "dim"}
         baked = type(self)(**{**self.config.model_dump(exclude_unset=True), "quantizer": inner})
         baked.parts = nn.ModuleList(parts)
         return baked.eval()
