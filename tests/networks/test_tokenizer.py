@@ -216,7 +216,7 @@ def test_an_autoencoder_as_host(convolutions):
         (lambda n: n.decode_tokens(torch.zeros(1, 4, 4)), "indices are torch.float32"),
         (lambda n: small(dict(kind="vq", dim=4, codebook_size=0)), "codebook_size"),
         (lambda n: small(dict(kind="vqq", dim=4)), "quantizer.kind='vqq' is not known; did you mean 'vq'"),
-        (lambda n: small(dict(codebook_size=32, dim=4)), "kind is missing; accepted are .*fsq, fvq"),
+        (lambda n: small(dict(codebook_size=32, dim=4)), "kind is missing; accepted are .*fsq, .*vq"),
         (lambda n: small(pad_mode="constant"), "pad_mode='constant' is not known"),
         (lambda n: small(up_block_types=["UpDecoderBlock2D"]), "2 down_block_types, 1 up_block_types: one for each"),
         (lambda n: small(QUANTIZERS[5]).to_vq_model(), "VQModel knows one table of codes"),
