@@ -21,8 +21,9 @@ class QuantizerConfig(BaseModel):
 class Quantized:
     """What a quantizer makes of a batch.
 
-    ``z_q`` is shaped and typed like the input, with the gradient of the estimator. ``indices``, int64, are
-    ``(B, H, W)`` or ``(B, N)``, with a last axis more where a vector has several. ``losses`` are to be added up, their
+    ``z_q`` is shaped and typed like the input, with the gradient of the estimator, and NaN for a vector that is not
+    finite, whose index, in range, means nothing. ``indices``, int64, are ``(B, H, W)`` or ``(B, N)``, with a last axis
+    more where a vector has several. ``losses`` are to be added up, their
     weights included. ``stats`` are ``usage``, the share of the codes that this batch hits, and ``perplexity``, ``exp``
     of the entropy of its indices: they say little of a large codebook until they are counted over a whole set
     (:class:`genkit.quantizers.usage.CodeUsage`).
@@ -115,6 +116,8 @@ class Quantizer(nn.Module, ABC):
             values, indices, losses = self.quantize(rows)
             with torch.no_grad():
                 stats = self.stats(indices)
+        # Or an encoder that has diverged would look fine: every vector gets some code.
+        values = values.masked_fill(~rows.isfinite().all(1, keepdim=True), torch.nan)
         z_q = values.to(z.dtype).view(last.shape).movedim(-1, channels)
         return Quantized(z_q, indices.view(*last.shape[:-1], *self.indices_shape), losses, stats)
 

@@ -61,7 +61,7 @@ class FSQ(Quantizer):
         offset = torch.where(self.levels % 2 == 0, 0.5, 0.0).to(z)
         bounded = torch.tanh(z + torch.atanh(offset / half)) * half - offset
         level = rounded(bounded, self.config.estimator, sharpness=self.config.sharpness)
-        indices = ((bounded.detach().round().long() + self.levels // 2) * self.strides).sum(1)
+        indices = ((bounded.detach().nan_to_num().round().long() + self.levels // 2) * self.strides).sum(1)
         return (level / (self.levels // 2) if self.training else self.codes(indices).to(z)), indices, {}
 
     def codes(self, indices: Tensor) -> Tensor:

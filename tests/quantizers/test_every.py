@@ -201,6 +201,28 @@ def test_state_is_taken_up_exactly(case):
 
 
 @every
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
+def test_what_is_not_finite_stays_visible(case, wrong):
+    quantizer = trained(made(case))
+    z = torch.randn(2, 9, quantizer.dim)
+    broken = z.clone()
+    broken[1, 4, 0] = wrong
+    hit = torch.zeros(2, 9, dtype=torch.bool)
+    hit[1, 4] = True
+    found, whole = quantizer(broken), quantizer(z)
+    assert found.z_q[hit].isnan().all() and torch.equal(found.z_q[~hit], whole.z_q[~hit])
+    assert torch.equal(found.indices[~hit], whole.indices[~hit])
+    if case[1].get("shared"):  # what moving averages made of it at the first depth is searched at the second
+        with pytest.raises(ValueError, match="codebook: some values are not finite"):
+            quantizer.train()(broken)
+        return
+    trainee = quantizer.train()(broken)
+    assert torch.equal(trainee.z_q.isnan().all(2), hit)
+    for indices in (found.indices, trainee.indices):
+        assert 0 <= indices.min() and indices.max() < quantizer.codebook_size
+
+
+@every
 def test_evaluation_learns_nothing(case):
     quantizer = made(case).eval()
     before = {k: v.clone() for k, v in quantizer.state_dict().items()}
