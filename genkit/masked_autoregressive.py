@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from genkit.checks import check_integer, check_number
 from genkit.denoisers.base import Condition
 from genkit.gaussian_chain import GaussianChain
 from genkit.networks.mar import MAR
@@ -60,13 +61,20 @@ class MARSampling:
     max_timestep: int = 950
 
     def __post_init__(self):
-        if not math.isfinite(self.guidance_scale) or self.guidance_scale < 0:
+        check_number("guidance_scale", self.guidance_scale)
+        if self.guidance_scale < 0:
             raise ValueError(f"guidance_scale={self.guidance_scale}: must be a number of at least 0")
         if self.guidance_schedule not in ("linear", "constant"):
             raise ValueError(f"guidance_schedule={self.guidance_schedule!r}: accepted are linear, constant")
-        if not math.isfinite(self.temperature) or self.temperature < 0:
+        check_number("temperature", self.temperature)
+        if self.temperature < 0:
             raise ValueError(f"temperature={self.temperature}: must be a number of at least 0")
+        if self.num_ar_steps is not None:
+            check_integer("num_ar_steps", self.num_ar_steps)
         most = self.num_inference_steps
+        if not isinstance(most, StepAnnealer):
+            check_integer("num_inference_steps", most)
+        check_integer("max_timestep", self.max_timestep)
         GaussianChain(most.hi if isinstance(most, StepAnnealer) else most, self.max_timestep)
 
     def annealer(self) -> StepAnnealer:

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+from genkit.checks import check_integer
 from genkit.registry import unknown
 
 KINDS = ("linear", "cosine", "two_stage", "constant")
@@ -22,7 +23,7 @@ class StepAnnealer:
         kind: one of the above, or ``constant``.
 
     Raises:
-        ValueError: no steps, ``lo > hi``, an unknown kind, two numbers for ``constant``.
+        ValueError: no steps or no whole ones, ``lo > hi``, an unknown kind, two numbers for ``constant``.
 
     Source: Zhao et al., "DiSA: Diffusion step annealing in autoregressive image generation", arXiv 2505.20297.
     """
@@ -34,6 +35,8 @@ class StepAnnealer:
     def __post_init__(self):
         if self.kind not in KINDS:
             raise ValueError(unknown("kind", self.kind, KINDS))
+        check_integer("hi", self.hi)
+        check_integer("lo", self.lo)
         if not 1 <= self.lo <= self.hi:
             raise ValueError(f"lo={self.lo}, hi={self.hi}: accepted are 1 <= lo <= hi, since steps are to fall")
         if self.kind == "constant" and self.lo != self.hi:
@@ -69,6 +72,8 @@ class StepAnnealer:
         Raises:
             ValueError: less than ``lo`` steps each, or no steps.
         """
+        check_integer("budget", budget)
+        check_integer("num_ar_steps", num_ar_steps)
         if num_ar_steps < 1:
             raise ValueError(f"num_ar_steps={num_ar_steps}: must be at least 1")
         least = cls(lo, lo, kind)

@@ -5,13 +5,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from genkit.checks import check_integer, check_number
+
 
 @dataclass(frozen=True)
 class TokenSampling:
     """How tokens are drawn.
 
     Args:
-        guidance_scale: ``w`` of ``l_n + w (l_c - l_n)``, on logits, before all that follows; 1 is none.
+        guidance_scale: ``w >= 0`` of ``l_n + w (l_c - l_n)``, on logits, before all that follows; 1 is none.
         guidance_end: tokens before this number are guided; by default all.
         temperature: logits are divided by it; 0 takes the likeliest.
         top_k: only so many likeliest tokens, and any as likely as the last of them; 0 is all.
@@ -28,9 +30,16 @@ class TokenSampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
+        for name in ("guidance_scale", "temperature", "top_p"):
+            check_number(name, getattr(self, name))
+        check_integer("top_k", self.top_k)
+        if self.guidance_end is not None:
+            check_integer("guidance_end", self.guidance_end)
+        if self.guidance_scale < 0:
+            raise ValueError(f"guidance_scale={self.guidance_scale}: expected 0 or more")
         if self.guidance_end is not None and self.guidance_end < 0:
             raise ValueError(f"guidance_end={self.guidance_end}: expected 0 or more tokens")
-        if not self.temperature >= 0:
+        if self.temperature < 0:
             raise ValueError(f"temperature={self.temperature}: expected 0 or more")
         if self.top_k < 0:
             raise ValueError(f"top_k={self.top_k}: expected 0, for all, or more")

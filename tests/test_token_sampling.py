@@ -69,6 +69,13 @@ def test_no_filtered_token_is_drawn_at_the_ends():
         ({"top_k": -1}, "top_k=-1: expected 0, for all, or more"),
         ({"top_p": 0.0}, "top_p=0.0: expected a share above 0"),
         ({"top_p": 1.5}, "top_p=1.5: expected a share above 0"),
+        ({"top_p": "0.5"}, "top_p='0.5': must be a finite number"),
+        ({"top_k": 2.5}, "top_k=2.5: must be an integer"),
+        ({"top_k": True}, "top_k=True: must be an integer"),
+        ({"temperature": float("inf")}, "temperature=inf: must be a finite number"),
+        ({"guidance_scale": float("nan")}, "guidance_scale=nan: must be a finite number"),
+        ({"guidance_scale": -1.0}, "guidance_scale=-1.0: expected 0 or more"),
+        ({"guidance_end": 1.5}, "guidance_end=1.5: must be an integer"),
         ({"guidance_end": -2}, "guidance_end=-2: expected 0 or more"),
     ],
 )
