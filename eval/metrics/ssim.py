@@ -24,8 +24,8 @@ def ssim(x: Tensor, y: Tensor, *, data_range: float) -> Tensor:
         raise ValueError(f"data_range={data_range}: expected the positive width of the values, as 1 or 255")
     if x.shape != y.shape or x.ndim != 4 or min(x.shape[2:]) < _SIZE:
         raise ValueError(
-            f"images of shapes {tuple(x.shape)} and {tuple(y.shape)}; accepted are two (B, C, H, W) of at least "
-            f"{_SIZE} x {_SIZE} pixels, the window of SSIM"
+            f"ssim: images of shapes {tuple(x.shape)} and {tuple(y.shape)}; accepted are two (B, C, H, W) of at least "
+            f"{_SIZE} x {_SIZE} pixels, its window"
         )
     x, y = x.double(), y.double()
     c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
