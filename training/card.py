@@ -7,6 +7,7 @@ import diffusers
 from diffusers import DiffusionPipeline
 
 from genkit.hub import model_card
+from genkit.pipelines.by_student import draws_by_labels
 from genkit.pipelines.commands import PIPELINES
 from genkit.registry import members
 from genkit.training.config import TrainConfig
@@ -14,12 +15,13 @@ from genkit.training.config import TrainConfig
 
 def write_card(folder: Path, config: TrainConfig) -> None:
     """The model card of the pipeline in ``folder``, which ``config`` trained."""
+    name = _class_name(folder)
     card = model_card(
         config.objective.name,
         config.model_dump(mode="json", exclude_unset=True),
         code=usage(folder),
         title=config.output_dir.name,
-        description=f"A {_class_name(folder)}, trained by {config.objective.name}.",
+        description=f"{'An' if name[0] in 'AEIO' else 'A'} {name}, trained by {config.objective.name}.",
         base_model=base_model(config.model.pretrained),
     )
     (folder / "README.md").write_text(str(card), encoding="utf-8")
@@ -48,7 +50,7 @@ def usage(folder: Path, steps: int | None = None) -> str:
         ours = {c.__name__: c for c in members("genkit.pipelines", DiffusionPipeline).values()}
         imported = f"from {ours[name].__module__} import {name}\n" if name in ours else ""  # or a class of one's own
         loading = f'{imported}pipe = {name}.from_pretrained("{where}")'
-        if name not in PIPELINES:
+        if name not in PIPELINES and not draws_by_labels(ours.get(name)):
             return loading
         loading += "\n"
         few = f", num_inference_steps={steps}"

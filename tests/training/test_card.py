@@ -34,3 +34,21 @@ def test_the_code_of_a_card_runs(num_classes, asked, tmp_path):
     made = {}
     exec(code, made)
     assert len(made["images"]) == 4 and type(made["pipe"]).__name__ == "ClassConditionalPipeline"
+
+
+def test_the_card_of_a_network_that_is_no_denoiser(tmp_path):
+    config = TrainConfig(
+        output_dir=tmp_path / "mine",
+        model=dict(network="gpt", hidden_size=16, num_layers=1, num_heads=2, sample_size=8),
+        data=dict(name="digits"),
+        objective=dict(name="autoregressive"),
+        global_batch_size=2,
+        max_train_steps=1,
+    ).check()
+    trainer = Trainer(build(config), quiet=True)
+    trainer.train()
+    card = (export(trainer) / "README.md").read_text()
+    assert "An AutoregressivePipeline, trained by autoregressive." in card
+    made = {}
+    exec(re.search(r"```python\n(.*?)```", card, re.DOTALL)[1], made)
+    assert len(made["images"]) == 4
