@@ -3,6 +3,7 @@
 import inspect
 import json
 import re
+import typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -219,7 +220,8 @@ def _component(name: str, folder: str) -> nn.Module:
             return part
         raise ValueError(f"{setting}={folder!r} is a pipeline of {sorted(pipe.components)}, with no {name}")
     if not (path / "config.json").is_file():
-        raise ValueError(f"{setting}={folder!r} is neither the folder of a model nor that of a pipeline")
+        hint = "" if path.is_dir() else "; there is no such folder: what a run has trained is in OUTPUT_DIR/pipeline"
+        raise ValueError(f"{setting}={folder!r} is neither the folder of a model nor that of a pipeline{hint}")
     kind = json.loads((path / "config.json").read_text()).get("_class_name")
     ours = {cls.__name__: cls for cls in members("genkit.networks", ModelMixin).values()}
     cls = ours.get(str(kind), getattr(diffusers, str(kind), None))
@@ -239,7 +241,7 @@ def _call(cls, settings: dict, setting: str):
         return cls(**settings)
     except (TypeError, ValueError, NotImplementedError) as error:
         told = {k: type(v).__name__ if isinstance(v, nn.Module) else v for k, v in settings.items()}
-        raise ValueError(f"{setting}: {cls.__name__} refuses {told}: {error}") from None
+        raise ValueError(f"{setting}: {error} ({cls.__name__} of {told})") from None
 
 
 def _scheduler_class(scheduler: Named) -> type:
@@ -257,6 +259,13 @@ def _check_arguments(cls: type, settings: dict, section: str) -> None:
     for key in settings:
         if key not in accepted:
             raise ValueError(unknown(f"unknown key in {section}: key", key, accepted))
+    for key, parameter in inspect.signature(cls).parameters.items():
+        named = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        if key not in settings:
+            if named and parameter.default is parameter.empty:
+                raise ValueError(f"{section}.{key} is missing and has no default")
+        elif typing.get_origin(parameter.annotation) is dict and not isinstance(settings[key], dict):
+            raise ValueError(f"{section}.{key}={settings[key]!r}: expected settings, as {section}.{key}.kind=NAME")
 
 
 def _checkpoint_gradients(student: Denoiser) -> None:

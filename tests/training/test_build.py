@@ -1,12 +1,17 @@
 """What cannot be loaded is said in one line that names the setting."""
 
+from pathlib import Path
+
 import pytest
 
 from genkit import rewards
 from genkit.pipelines.commands import load_pipeline as load_for_sampling
 from genkit.testing import tiny
 from genkit.training import __main__ as command
-from genkit.training.build import load_pipeline
+from genkit.training.build import build, load_pipeline
+from genkit.training.config import load_config
+
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def test_a_folder_that_is_not_there_and_looks_like_a_name(tmp_path, capsys):
@@ -40,3 +45,13 @@ def test_a_reward_whose_weights_are_not_to_be_had(name):
     with pytest.raises(ValueError, match=rf"reward='{name}' with model='.*/.*' could not be loaded: .*; acc") as found:
         rewards.make(name)
     assert "\n" not in str(found.value)
+
+
+def test_errors_of_a_model_begin_with_the_cause():
+    recipe = CONFIGS / "digits" / "tokenizer_fvq.yaml"
+    with pytest.raises(ValueError, match=r"^model: quantizer 'vq': dim.*\(ImageTokenizer of {"):
+        build(load_config(recipe, ["model.quantizer.kind=vq"]))
+    with pytest.raises(ValueError, match="model.in_channels=1, model.out_channels=3: must agree"):
+        build(load_config(recipe, ["model.out_channels=3"]))
+    with pytest.raises(ValueError, match="no such folder: what a run has trained is in OUTPUT_DIR/pipeline"):
+        build(load_config(CONFIGS / "digits" / "autoregressive_tokens.yaml", ["model.components.vqvae=none/pipeline"]))

@@ -124,7 +124,8 @@ class VQGAN(Objective):
     "Autoregressive model beats diffusion: Llama for scalable image generation", arXiv 2406.06525, section 3.1.
 
     Raises:
-        ValueError: pictures too small for the discriminator; under a LoRA, codes that move by themselves.
+        ValueError: pictures too small for the discriminator; other channels in than out; under a LoRA, codes that move
+            by themselves.
     """
 
     Config = VQGANConfig
@@ -153,6 +154,12 @@ class VQGAN(Objective):
             raise ValueError(
                 f"sample_size={student.shape[1]}: objective.adversarial.discriminator takes pictures of "
                 f"{discriminator.smallest} pixels at least; fewer num_layers take smaller ones"
+            )
+        shapes = student.network.config
+        if shapes["in_channels"] != shapes["out_channels"]:
+            raise ValueError(
+                f"model.in_channels={shapes['in_channels']}, model.out_channels={shapes['out_channels']}: must agree, "
+                "since pictures are compared with what is made of them"
             )
         if all(p.requires_grad for p in student.module.parameters()):
             return
