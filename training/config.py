@@ -399,11 +399,10 @@ def validate(model: type[M], values: Any, where: str) -> M:
 
 
 def _line(model: type[BaseModel], error, where: str) -> str:
-    loc = [str(part) for part in error["loc"]]
+    loc, accepted = _settings(model, [str(part) for part in error["loc"]])
     key = ".".join(filter(None, [where, *loc]))
     if error["type"] == "extra_forbidden":
         section = ".".join(filter(None, [where, *loc[:-1]]))
-        accepted = _fields(model, loc[:-1])
         if section and not accepted:
             return f"unknown key in {section}: {loc[-1]!r}; it takes no settings"
         return unknown(f"unknown key in {section or 'the config'}: key", loc[-1], accepted)
@@ -413,15 +412,35 @@ def _line(model: type[BaseModel], error, where: str) -> str:
     return f"{key}={error['input']!r}: {message}" if loc else f"{key + ': ' if key else ''}{message}"
 
 
-def _fields(model: type[BaseModel], loc: list[str]) -> list[str]:
-    for part in loc:
-        field = model.model_fields.get(part)
-        if field is None:
-            return []
-        annotation = field.annotation
-        if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-            annotation = next(a for a in typing.get_args(annotation) if a is not type(None))
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            return []
-        model = annotation
-    return list(model.model_fields)
+def _settings(model: type[BaseModel], loc: list[str]) -> tuple[list[str], list[str]]:
+    """Where an error is, as a recipe would say it, and what the section takes that the last part stands in.
+
+    Pydantic puts the kind of a section that has several (``Field(discriminator=...)``) into the path.
+    """
+    path: list[str] = []
+    models: list[type[BaseModel]] = [model]
+    for i, part in enumerate(loc):
+        if len(models) > 1:
+            models = [m for m in models if part in _kinds(m)]
+            continue
+        accepted = list(models[0].model_fields) if models else []
+        path.append(part)
+        if i == len(loc) - 1:
+            return path, accepted
+        field = models[0].model_fields.get(part) if models else None
+        models = [] if field is None else _sections(field.annotation)
+    return path, []
+
+
+def _kinds(model: type[BaseModel]) -> set[str]:
+    return {str(value) for f in model.model_fields.values() for value in typing.get_args(f.annotation)}
+
+
+def _sections(annotation: Any) -> list[type[BaseModel]]:
+    """The sections that a setting may be."""
+    origin = typing.get_origin(annotation)
+    if origin is typing.Annotated:
+        return _sections(typing.get_args(annotation)[0])
+    if origin in (typing.Union, types.UnionType):
+        return [m for part in typing.get_args(annotation) for m in _sections(part)]
+    return [annotation] if isinstance(annotation, type) and issubclass(annotation, BaseModel) else []

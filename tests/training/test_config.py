@@ -167,3 +167,25 @@ def test_a_reward_trains_a_lora_unless_told_otherwise():
     assert values.pop("adapter")["kind"] == "full"
     assert TrainConfig(**values).adapter.kind == "lora"
     assert TrainConfig(**(values | {"objective": {"name": "flow_matching"}})).adapter.kind == "full"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("objective.perceptual.wheight=2", "unknown key in objective.perceptual: key='wheight' .* mean 'weight'"),
+        ("objective.perceptual.weight=-2", "^objective.perceptual.weight=-2: Input should be greater than 0"),
+        ("model.quantizer=vq", "model.quantizer='vq': expected settings, as model.quantizer.kind=NAME"),
+        ("model.quantizer=null", "model.quantizer=None: expected settings"),
+    ],
+)
+def test_sections_of_several_kinds(override, message):
+    with pytest.raises(ValueError, match=message):
+        load_config(CONFIGS / "digits/tokenizer_fvq.yaml", ["objective.perceptual.kind=laplacian", override])
+
+
+def test_a_model_setting_without_default(tmp_path):
+    values = yaml.safe_load((CONFIGS / "digits/tokenizer_fvq.yaml").read_text())
+    del values["model"]["quantizer"]
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(values))
+    with pytest.raises(ValueError, match="model.quantizer is missing and has no default"):
+        load_config(tmp_path / "a.yaml")

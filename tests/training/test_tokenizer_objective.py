@@ -289,7 +289,7 @@ def test_the_exported_tokenizer_is_baked(tmp_path):
     [
         (dict(objective=dict(adversarial=dict(discriminator=dict(kind="patch")))), "24 pixels at least; fewer num_lay"),
         (dict(objective=dict(adversarial=dict(lecam_decay=0.9))), "lecam_decay has no effect with lecam_weight=0"),
-        (dict(objective=dict(perceptual=dict(kind="lpips"))), "objective.perceptual.lpips.backbone is missing"),
+        (dict(objective=dict(perceptual=dict(kind="lpips"))), "objective.perceptual.backbone is missing"),
         (dict(objective=dict(perceptual=dict(kind="vgg"))), "'lpips', 'laplacian'"),
         (
             dict(data=dict(name="synthetic", shape=[3, 8, 8])),
