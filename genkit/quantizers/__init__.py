@@ -33,5 +33,11 @@ def make(kind: str, **settings: Any) -> Quantizer:
     try:
         return cls(**settings)
     except ValidationError as error:
-        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}={e['input']!r}: {e['msg']}" for e in error.errors())
-        raise ValueError(f"quantizer {kind!r}: {wrong}") from None
+        raise ValueError(f"quantizer {kind!r}: {'; '.join(map(_said, error.errors()))}") from None
+
+
+def _said(error: Any) -> str:
+    setting, message = ".".join(map(str, error["loc"])), error["msg"].removeprefix("Value error, ")
+    if error["type"] == "missing":
+        return f"{setting} is missing"
+    return f"{setting}={error['input']!r}: {message}" if setting else message

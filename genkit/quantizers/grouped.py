@@ -6,6 +6,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from genkit.quantizers._parts import make_parts
 from genkit.quantizers.base import Quantizer, QuantizerConfig
 
 
@@ -35,19 +36,12 @@ class Grouped(Quantizer):
     Config = GroupedConfig
 
     def __init__(self, **settings: Any):
-        from genkit.quantizers import make
-
         super().__init__(**settings)
         config = self.config
-        given = dict(config.quantizer)
-        kind, seed = given.pop("kind", "vq"), given.get("seed", 0)
-        dim = config.dim // config.groups
-        made = [make(kind, dim=dim, **given) for _ in range(config.groups)]
-        if hasattr(made[0].config, "seed"):
-            made = [make(kind, dim=dim, **{**given, "seed": seed + i}) for i in range(config.groups)]
-        self.parts = nn.ModuleList(made)
-        self.codebook_size = made[0].codebook_size
-        self.indices_shape = (config.groups, *made[0].indices_shape)
+        self.parts = make_parts(self, config.quantizer, dim=config.dim // config.groups, count=config.groups)
+        first: Quantizer = self.parts[0]  # type: ignore[assignment]
+        self.codebook_size = first.codebook_size
+        self.indices_shape = (config.groups, *first.indices_shape)
 
     def quantize(self, z: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         values, indices = [], []

@@ -9,6 +9,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from genkit.quantizers._parts import make_parts
 from genkit.quantizers.base import Quantizer, QuantizerConfig
 from genkit.quantizers.estimators import VectorEstimator, through
 
@@ -46,21 +47,14 @@ class Residual(Quantizer):
     Config = ResidualConfig
 
     def __init__(self, **settings: Any):
-        from genkit.quantizers import make
-
         super().__init__(**settings)
         config = self.config
-        given = dict(config.quantizer)
-        kind, seed = given.pop("kind", "vq"), given.get("seed", 0)
         count = 1 if config.shared else config.depth
-        # Codebooks with a seed start apart, as they must: equal ones would code the same.
-        made = [make(kind, dim=config.dim, **given) for _ in range(count)]
-        if count > 1 and hasattr(made[0].config, "seed"):
-            made = [make(kind, dim=config.dim, **{**given, "seed": seed + i}) for i in range(count)]
-        if made[0].indices_shape:
-            raise ValueError(f"quantizer={kind!r} has several indices a vector already")
-        self.parts = nn.ModuleList(made)
-        self.codebook_size, self.indices_shape = made[0].codebook_size, (config.depth,)
+        self.parts = make_parts(self, config.quantizer, dim=config.dim, count=count)
+        first = self.part(0)
+        if first.indices_shape:
+            raise ValueError(f"quantizer={first.settings['kind']!r} has several indices a vector already")
+        self.codebook_size, self.indices_shape = first.codebook_size, (config.depth,)
 
     def part(self, depth: int) -> Quantizer:
         """What codes the residual of this depth."""

@@ -268,7 +268,7 @@ def test_bad_settings(name):
             make(name, **settings | {"dim": wrong})
     with pytest.raises(ValueError, match=f"quantizer '{name}': setting='codebook_sice' is not known"):
         make(name, **settings, codebook_sice=3)
-    with pytest.raises(ValueError, match=f"quantizer '{name}'.*dim.*[Ff]ield required"):
+    with pytest.raises(ValueError, match=f"quantizer '{name}'.*dim is missing"):
         make(name, **{k: v for k, v in settings.items() if k != "dim"})
     if "codebook_size" in settings:
         for wrong in (0, -1):
@@ -281,6 +281,33 @@ def test_bad_settings(name):
                 make(name, **settings | option)
         with pytest.raises(ValueError, match="entropy_tau without effect: entropy_weight is 0"):
             make(name, **settings | {"entropy_tau": 1.0, "entropy_weight": 0.0})
+
+
+@pytest.mark.parametrize(
+    "settings, text",
+    [
+        (dict(kind="grouped", dim=4, groups=3, quantizer={}), "quantizer 'grouped': groups=3 does not divide dim=4"),
+        (
+            dict(kind="grouped", dim=4, groups=2, quantizer=dict(kind="vq", codebook_size=0)),
+            "quantizer 'grouped': the quantizer of its parts: quantizer 'vq': codebook_size=0: ",
+        ),
+        (
+            dict(kind="residual", dim=4, depth=2, quantizer=dict(kind="vqq")),
+            "quantizer 'residual': the quantizer of its parts: quantizer='vqq' is not known; did you mean 'vq'",
+        ),
+        (
+            dict(kind="residual", dim=4, depth=2, quantizer=dict(kind="vq")),
+            "quantizer 'residual': the quantizer of its parts: quantizer 'vq': codebook_size is missing",
+        ),
+        (
+            dict(kind="residual", dim=4, depth=2, quantizer="vq"),
+            "quantizer 'residual': quantizer='vq': Input should be",
+        ),
+    ],
+)
+def test_errors_say_whose_they_are(settings, text):
+    with pytest.raises(ValueError, match=text):
+        make(**settings)
 
 
 def test_an_unknown_quantizer():
