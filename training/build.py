@@ -1,10 +1,11 @@
 """From settings to the parts of a run: pipeline, student, teacher, objective, data."""
 
+import hashlib
 import inspect
 import json
 import re
 import typing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ from genkit.training.objectives.base import Objective
 
 @dataclass
 class Run:
-    """The parts of a run. ``pipe`` holds the network that ``student`` trains; ``inputs`` batches ``source`` for it."""
+    """The parts of a run. ``pipe`` holds the network that ``student`` trains; ``inputs`` batches ``source`` for it;
+    ``components`` has what stands for the weights of each of ``model.components``."""
 
     config: TrainConfig
     pipe: DiffusionPipeline
@@ -36,6 +38,7 @@ class Run:
     objective: Objective
     source: Source
     inputs: Inputs
+    components: dict[str, str] = field(default_factory=dict)
 
 
 def build(config: TrainConfig) -> Run:
@@ -52,6 +55,7 @@ def build(config: TrainConfig) -> Run:
         for part in pipe.components.values():
             if isinstance(part, nn.Module):
                 part.requires_grad_(False).eval()
+        components = {name: _fingerprint(pipe.components[name]) for name in config.model.components}
         cls = config.objective_class()
         student = _student(pipe, cls, config)
         if cls.needs_flow_map and not isinstance(student, FlowMap):
@@ -91,7 +95,7 @@ def build(config: TrainConfig) -> Run:
     inputs = Inputs(pipe, student, source, config.seed, conditioned=objective.needs_condition)
     if inputs.sample_shape is not None:
         objective.check_shape(inputs.sample_shape)
-    return Run(config, pipe, student, objective, source, inputs)
+    return Run(config, pipe, student, objective, source, inputs, components)
 
 
 def _student(pipe: DiffusionPipeline, cls: type[Objective], config: TrainConfig) -> Any:
@@ -228,6 +232,15 @@ def _component(name: str, folder: str) -> nn.Module:
     if cls is None:
         raise ValueError(f"{setting}={folder!r} is of the class {kind}, which neither genkit nor Diffusers has")
     return cls.from_pretrained(folder, dtype=torch.float32)
+
+
+def _fingerprint(module: nn.Module) -> str:
+    """The first 12 hexadecimal digits of the SHA-256 of all weights and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:12]
 
 
 def _own_pipeline(network: type) -> Any | None:

@@ -26,14 +26,15 @@ class Saving:
     """Checkpoints of one run: trained weights, averages, optimisers, schedules, step and settings.
 
     Args:
-        start: the checkpoint that the run goes on from.
+        components: what stands for the weights of each of ``model.components``.
 
     Raises:
         ValueError: the output folder holds checkpoints and the run was not told to go on from them.
         CheckpointError: the checkpoint to go on from is not there.
     """
 
-    def __init__(self, config: TrainConfig, objective: Objective, accelerator: Accelerator):
+    def __init__(self, config: TrainConfig, objective: Objective, accelerator: Accelerator, components: dict[str, str]):
+        self.components = components
         self.config, self.objective, self.accelerator = config, objective, accelerator
         self.resumed_from: Path | None = None
         there = checkpoint.found(config.output_dir)
@@ -81,6 +82,7 @@ class Saving:
             "optimizers": {name: type(role.optimizer).__name__ for name, role in roles.items()},
             "config": self.config.model_dump(mode="json"),
             "ema_updates": {name: role.ema.updates for name, role in roles.items() if role.ema is not None},
+            "components": self.components,
             "scaler": None if scaler is None else scaler.state_dict(),
         }
         return checkpoint.Snapshot(step, whole(self._tensors(roles)), optimizers, info)
@@ -90,7 +92,7 @@ class Saving:
 
         Raises:
             CheckpointError: a file that is truncated, or of another run.
-            ValueError: the output folder holds later checkpoints.
+            ValueError: the output folder holds later checkpoints; ``model.components`` with other weights.
         """
         path = self.resumed_from
         if path is None:
@@ -103,15 +105,22 @@ class Saving:
                 f"resume={self.config.resume!r} is at step {snapshot.step}, but output_dir holds later checkpoints "
                 f"(steps {later}); delete them or set another output_dir"
             )
+        had = snapshot.info.get("components", {})
+        for name, has in self.components.items():
+            if had.get(name, has) != has:
+                raise ValueError(
+                    f"model.components.{name}={self.config.model.components[name]!r} has the weights {has}, and {path} "
+                    f"was trained with {had[name]}; give the former ones, or set another output_dir to start anew"
+                )
         self._warn_of_changes(snapshot.info.get("config", {}), path)
         for name, tensors in wanted.items():
             for key, tensor in tensors.items():
                 assign(tensor, snapshot.tensors[name][key])
         for name, role in roles.items():
-            had, has = snapshot.info["optimizers"].get(name), type(role.optimizer).__name__
-            if had != has:
+            kept, wants = snapshot.info["optimizers"].get(name), type(role.optimizer).__name__
+            if kept != wants:
                 raise checkpoint.CheckpointError(
-                    f"{path / checkpoint.OPTIMIZERS} holds the state of {had} for role {name!r}, wanted {has}"
+                    f"{path / checkpoint.OPTIMIZERS} holds the state of {kept} for role {name!r}, wanted {wants}"
                 )
             try:
                 role.load_optimizer_state(snapshot.optimizers[name])

@@ -62,7 +62,7 @@ class Trainer:
         self.device = self.accelerator.device
         if run.pipe is not None:
             run.pipe.to(self.device)
-        self.saving = Saving(config, self.objective, self.accelerator)
+        self.saving = Saving(config, self.objective, self.accelerator, run.components)
         self._prepare(phases)
         self._several = len({p.name for p in phases}) > 1
         self._toggle = any(set(p.trains) != set(self.roles) for p in phases)

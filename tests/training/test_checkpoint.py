@@ -8,8 +8,10 @@ import shutil
 import pytest
 import torch
 
+from genkit.networks.tokenizer import ImageTokenizer
 from genkit.training import checkpoint
 from genkit.training.checkpoint import CheckpointError, Snapshot
+from tests.training.ready import small_tokenizer
 
 
 def snapshot(step, value=0.0):
@@ -161,3 +163,25 @@ def test_changed_settings_are_reported(toys, tmp_path, caplog):
         toys.digits(tmp_path, model=model, resume="latest")
     with pytest.raises(CheckpointError, match="holds the state of AdamW for role 'student', wanted SGD"):
         toys.run(toys.digits(tmp_path, max_train_steps=6, optimizer=dict(name="SGD", lr=1e-3), resume="latest"))
+
+
+def test_a_component_with_other_weights_is_refused(toys, tmp_path):
+    def tokenizer(seed: int) -> None:
+        torch.manual_seed(seed)
+        settings = small_tokenizer(kind="fsq", levels=[3, 3], dim=2)
+        ImageTokenizer(**{k: v for k, v in settings.items() if k != "network"}).save_pretrained(tmp_path / "tokenizer")
+
+    def settings(**changes) -> dict:
+        model = dict(network="gpt", vocab_size=9, sample_size=4, hidden_size=16, num_layers=1, num_heads=2)
+        model |= dict(components=dict(vqvae=str(tmp_path / "tokenizer")))
+        shared = dict(model=model, objective=dict(name="autoregressive"), max_train_steps=2, checkpointing_steps=2)
+        return toys.digits(tmp_path / "run", **shared | changes)
+
+    tokenizer(0)
+    toys.run(settings())
+    assert toys.run(settings(resume="latest", max_train_steps=3)).step == 3
+    tokenizer(1)
+    with pytest.raises(ValueError, match="model.components.vqvae='.*tokenizer' has the weights .* was trained with"):
+        toys.run(settings(resume="latest", max_train_steps=4))
+    tokenizer(0)
+    assert toys.run(settings(resume="latest", max_train_steps=4)).step == 4
