@@ -1,6 +1,7 @@
 """An image tokenizer: encoder, quantizer, decoder."""
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -55,7 +56,8 @@ class ImageTokenizer(ModelMixin, ConfigMixin):
         pad_mode: ``replicate``, ``reflect``, or ``None``: pictures that are no multiple of ``stride`` are an error.
 
     Raises:
-        ValueError: settings that the quantizer refuses; block types that are not one a level; another pad mode.
+        ValueError: settings that the quantizer refuses; channels that ``norm_num_groups`` does not divide; block types
+            that are not one a level; another pad mode.
 
     Source: Sun et al., "Autoregressive model beats diffusion: Llama for scalable image generation", arXiv 2406.06525.
     """
@@ -83,6 +85,14 @@ class ImageTokenizer(ModelMixin, ConfigMixin):
         pad_mode: PadMode | None = "replicate",
     ):
         super().__init__()
+        if not isinstance(block_out_channels, Sequence) or not block_out_channels:
+            raise ValueError(f"block_out_channels={block_out_channels!r}: expected a list, of each level's channels")
+        for channels in block_out_channels:
+            if channels % norm_num_groups:
+                raise ValueError(
+                    f"norm_num_groups={norm_num_groups} does not divide {channels} of block_out_channels="
+                    f"{list(block_out_channels)}"
+                )
         levels = len(block_out_channels)
         down = down_block_types or ("DownEncoderBlock2D",) * (levels - 1) + ("AttnDownEncoderBlock2D",)
         up = up_block_types or ("AttnUpDecoderBlock2D",) + ("UpDecoderBlock2D",) * (levels - 1)
@@ -90,6 +100,8 @@ class ImageTokenizer(ModelMixin, ConfigMixin):
             raise ValueError(f"{len(down)} down_block_types, {len(up)} up_block_types: one for each of {levels} levels")
         if pad_mode not in _PAD_MODES:
             raise ValueError(unknown("pad_mode", pad_mode, _PAD_MODES))
+        if not isinstance(quantizer, dict):
+            raise ValueError(f"quantizer={quantizer!r}: expected its settings, such as {{'kind': 'fsq', ...}}")
         settings = _seeded(quantizer)
         self.register_to_config(quantizer=settings)
         shared = dict(
@@ -134,8 +146,11 @@ class ImageTokenizer(ModelMixin, ConfigMixin):
         """Pictures ``(B, C, H, W)`` of codes ``(B, D, h, w)``, cut to ``size``, height and width, where it is given.
 
         Raises:
-            ValueError: a size that is not within the last token.
+            ValueError: codes of another shape or number of channels; a size that is not within the last token.
         """
+        dim = self.post_quant_conv.in_channels
+        if z_q.ndim != 4 or z_q.shape[1] != dim:
+            raise ValueError(f"codes of shape {tuple(z_q.shape)}; accepted are (B, {dim}, h, w)")
         pictures = self.decoder(self.post_quant_conv(z_q.to(self.post_quant_conv.weight.dtype)))
         if size is None:
             return pictures

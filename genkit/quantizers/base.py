@@ -85,10 +85,14 @@ class Quantizer(nn.Module, ABC):
         """All codes ``(K, D)``, after every map and normalisation.
 
         Raises:
-            ValueError: vectors have several indices each.
+            ValueError: vectors have several indices each; more than 2^24 codes, which hardly fit in memory.
         """
         if self.indices_shape:
             raise ValueError(f"{type(self).__name__} has {self.indices_shape} indices a vector, and no single codebook")
+        if self.codebook_size > 2**24:
+            raise ValueError(
+                f"{type(self).__name__} has {self.codebook_size} codes; all at once are accepted up to 2^24"
+            )
         return self.codes(torch.arange(self.codebook_size, device=self._device()))
 
     def bake(self) -> "Quantizer":
@@ -102,13 +106,13 @@ class Quantizer(nn.Module, ABC):
         """Quantize ``z`` ``(B, D, H, W)`` or ``(B, N, D)``.
 
         Raises:
-            ValueError: another shape or number of channels.
+            ValueError: another shape or number of channels, no vector at all.
         """
         channels = 1 if z.ndim == 4 else 2
-        if z.ndim not in (3, 4) or z.shape[channels] != self.dim or not z.is_floating_point():
+        if z.ndim not in (3, 4) or z.shape[channels] != self.dim or not z.is_floating_point() or not z.numel():
             raise ValueError(
                 f"{type(self).__name__}: z of shape {tuple(z.shape)}, {z.dtype}; accepted are floats "
-                f"(B, {self.dim}, H, W) and (B, N, {self.dim})"
+                f"(B, {self.dim}, H, W) and (B, N, {self.dim}), at least one vector"
             )
         last = z.movedim(channels, -1)
         with torch.autocast(z.device.type, enabled=False):
