@@ -181,6 +181,8 @@ def sample_to_folder(
     if scheduler is not None:
         pipe.register_modules(scheduler=parse_scheduler(scheduler, pipe.scheduler))
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    given: str | None
+    steps: Any
     if student:
         call = arguments_of(pipe, num_inference_steps, extra)
         steps, asked, given = call.get("num_inference_steps"), labels_of(pipe, [*labels, *lines]), "class_labels"
