@@ -23,6 +23,8 @@ app.add_typer(adapters, name="adapters")
 
 EXTRACTORS = ", ".join(file_names("genkit.eval.extractors"))
 
+_called: str | None = None  # the command line, where there is one: others may call ``app`` with arguments of their own
+
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
 Silent = Annotated[bool, typer.Option("--quiet", help="Print nothing, neither progress nor what was found.")]
 
@@ -307,7 +309,7 @@ def evaluate(
         output=output,
         json_path=json_path,
         html_path=html_path,
-        command=shlex.join(["genkit", *sys.argv[1:]]),
+        command=_called,
         quiet=quiet,
     )
 
@@ -648,11 +650,15 @@ def cite(target: Annotated[str, typer.Argument(help="A method (apg, flow_map ...
 
 def main() -> None:
     """Run the command; what a user can mend is one message, without a trace."""
+    global _called
+    _called = shlex.join(["genkit", *sys.argv[1:]])
     try:
         app(standalone_mode=True)
     except (ValueError, FileNotFoundError, FileExistsError) as error:
         typer.secho(f"error: {error}", err=True, fg="red")
         sys.exit(2)
+    finally:
+        _called = None
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import diffusers
@@ -146,8 +147,19 @@ def test_sample_then_evaluate(tmp_path):
     assert out.exit_code == 0, out.output
     result = json.loads((tmp_path / "r.json").read_text())
     assert result["values"]["frechet_distance"] > 10 and result["nfe"] == 2 and result["protocol"]["n_gen"] == 80
-    assert result["command"].startswith("genkit ")
+    assert result["command"] is None  # nobody typed one
     assert "<html" in (tmp_path / "r.html").read_text()
+
+
+def test_a_result_keeps_the_command_that_was_typed(tmp_path, monkeypatch):
+    typed = ["eval", "run", "digits", "digits", "--metrics", "frechet", "--n", "40", "--json", "r.json", "--quiet"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["genkit", *typed])
+    monkeypatch.setattr(cli, "_called", None)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert not ended.value.code
+    assert json.loads((tmp_path / "r.json").read_text())["command"] == "genkit " + " ".join(typed)
 
 
 @pytest.mark.parametrize(

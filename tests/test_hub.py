@@ -401,6 +401,12 @@ def test_a_class_that_cannot_be_shipped(tmp_path, tiny_pipeline):
 SETTINGS = {
     "DiscriminatorHead": {"at": ["sample"], "channels": [4], "hidden_size": 8, "norm_num_groups": 2},
     "FixedCondition": {"shapes": {"class_labels": [1]}},
+    "ImageTokenizer": {
+        "quantizer": {"kind": "vq", "codebook_size": 4, "dim": 2},
+        "block_out_channels": [8, 8],
+        "latent_channels": 8,
+        "norm_num_groups": 4,
+    },
     "ReadoutHead": {"at": ["sample"], "channels": [1], "projection_dim": 24, "norm_num_groups": 1},
 }
 
