@@ -56,8 +56,12 @@ class Maker:
         raise ValueError(f"{self.made_with['model']} is no tokenizer whose codes could be counted")
 
     def count_codes(self) -> CodeUsage:
-        """How often each code stands for a part of an image, over the whole set and all processes, which all ask."""
-        raise NotImplementedError
+        """How often each code stands for a part of an image, over the whole set and all processes, which all ask.
+
+        Raises:
+            ValueError: as :meth:`check_codes`.
+        """
+        raise ValueError(f"{self.made_with['model']} is no tokenizer whose codes could be counted")
 
     def evaluating(self) -> contextlib.AbstractContextManager[None]:
         """Within, the networks may be called: they are in evaluation mode, as they were before after it."""
