@@ -50,7 +50,7 @@ class MARSampling:
             has not learned for long explode.
 
     Raises:
-        ValueError: a setting out of range, or a schedule of guidance without guidance.
+        ValueError: a setting out of range.
     """
 
     num_inference_steps: int | StepAnnealer = 100
@@ -123,6 +123,14 @@ class MaskedAutoregressive(Student):
         n = side // p
         return tokens.reshape(-1, n, n, c, p, p).permute(0, 3, 1, 4, 2, 5).reshape(-1, *self.shape)
 
+    def check(self, settings: MARSampling) -> None:
+        self._counts(settings)
+
+    def _counts(self, settings: MARSampling) -> list[int]:
+        """How many tokens each step draws."""
+        steps = min(64, self.length) if settings.num_ar_steps is None else settings.num_ar_steps
+        return reveal_counts(self.length, steps)
+
     def draw(self, rng: ItemRNG, condition: Condition, num_inference_steps: int | None = None) -> Tensor:
         settings = MARSampling() if num_inference_steps is None else MARSampling(num_inference_steps)
         return self.sample(rng, condition, settings).float()
@@ -135,9 +143,8 @@ class MaskedAutoregressive(Student):
             ValueError: more steps than tokens.
         """
         network, annealer, b = self.network, settings.annealer(), len(rng)
-        num_ar_steps = min(64, self.length) if settings.num_ar_steps is None else settings.num_ar_steps
-        counts = reveal_counts(self.length, num_ar_steps)
-        steps = [annealer(k, num_ar_steps) for k in range(num_ar_steps)]
+        counts = self._counts(settings)
+        steps = [annealer(k, len(counts)) for k in range(len(counts))]
         chains = {t: GaussianChain(t, settings.max_timestep) for t in set(steps)}
         guided = settings.guidance_scale != 1
         labels = condition["class_labels"]

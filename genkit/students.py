@@ -62,6 +62,11 @@ class Student(ABC):
             raise ValueError(f"class_labels={labels.tolist()}: accepted are 0 to {n - 1}, at least one")
         return Condition({"class_labels": labels}, {"class_labels": torch.full_like(labels, n)})
 
+    def check(self, settings: Any) -> None:
+        """Raise ``ValueError`` where this network cannot be sampled by these settings of its pipeline's
+        ``sampling_class``, in themselves in order."""
+        return
+
     @abstractmethod
     def draw(self, rng: ItemRNG, condition: Condition, num_inference_steps: int | None = None) -> Tensor:
         """Samples ``(B, *shape)``, float32, one a row of ``rng``, without guidance; a function of its row alone."""

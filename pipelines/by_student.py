@@ -11,6 +11,7 @@ from genkit.pipelines.base import PipelineOutput
 from genkit.pipelines.numbered import refuse_steps_of
 from genkit.registry import members, unknown
 from genkit.rng import ItemRNG
+from genkit.step_annealing import StepAnnealer
 
 # What is decided elsewhere, in ways that make an image a function of the seed and its number.
 _DECIDED = {"self", "class_labels", "num_inference_steps", "num_images_per_label", "generator", "output_type"}
@@ -28,8 +29,8 @@ def draws_by_labels(cls: Any) -> bool:
     return hasattr(cls, "student_class") and "class_labels" in inspect.signature(cls.__call__).parameters
 
 
-def arguments_of(pipe: Any, num_inference_steps: int | None, extra: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a call of ``pipe``, with its number of steps, where it takes steps.
+def arguments_of(pipe: Any, num_inference_steps: int | StepAnnealer | None, extra: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a call of ``pipe``, with its steps, where it takes any.
 
     Raises:
         ValueError: a setting that it does not take, or a value out of range.
@@ -48,7 +49,8 @@ def arguments_of(pipe: Any, num_inference_steps: int | None, extra: Mapping[str,
             f"num_inference_steps={num_inference_steps}: a pipeline of the class {type(pipe).__name__} takes none"
         )
     accepted = {field.name for field in fields(pipe.sampling_class)}
-    pipe.sampling_class(**{name: value for name, value in arguments.items() if name in accepted})
+    settings = pipe.sampling_class(**{name: value for name, value in arguments.items() if name in accepted})
+    pipe.student_class.of_pipeline(pipe).check(settings)
     return arguments
 
 
