@@ -20,11 +20,12 @@ from genkit.eval.processes import gather
 from genkit.guidance.base import Guider
 from genkit.latents import compression
 from genkit.pipelines.base import DenoiserPipeline, PipelineOutput
-from genkit.pipelines.by_name import parse_guider
+from genkit.pipelines.by_name import parse_guider, parse_steps
 from genkit.pipelines.by_student import arguments_of, draw_images, draws_by_labels
 from genkit.pipelines.commands import adopt
 from genkit.pipelines.numbered import asked_of, described, make_images, num_classes, shape_of_call, steps_of_call
 from genkit.rng import ItemRNG
+from genkit.step_annealing import StepAnnealer
 
 
 def generated_images(
@@ -32,7 +33,7 @@ def generated_images(
     asked: Asked | Sequence[str] | Sequence[int] | Tensor | int,
     *,
     seed: int = 0,
-    num_inference_steps: int | None = None,
+    num_inference_steps: int | str | StepAnnealer | None = None,
     guider: str | Guider | None = None,
     arguments: Mapping[str, Any] | None = None,
     batch_size: int = 64,
@@ -53,7 +54,8 @@ def generated_images(
             one of token networks (``AutoregressivePipeline`` ...); or one of Diffusers whose components these take.
         asked: what :func:`genkit.eval.asked.matched` or ``evenly`` gives; prompts; labels; or how many, of an
             unconditional network.
-        num_inference_steps: by default the pipeline's own.
+        num_inference_steps: by default the pipeline's own; steps that fall (``StepAnnealer``) also as on a command
+            line, ``linear:hi=50,lo=5``.
         guider: an object or, as on a command line, ``apg:guidance_scale=4``.
         arguments: others of the pipeline's call, such as ``height`` or ``negative_prompt``.
         batch_size: images that are made together.
@@ -69,6 +71,8 @@ def generated_images(
     prepare = preparation(size, crop)
     name = name or name_of(pipe.config.get("_name_or_path") or type(pipe).__name__)
     settings = dict(arguments or {})
+    if isinstance(num_inference_steps, str):
+        num_inference_steps = parse_steps(num_inference_steps)
     model: Model
     if draws_by_labels(type(pipe)):
         if guider is not None:
@@ -150,7 +154,7 @@ class _Denoising(Model):
         seed: int,
         arguments: dict[str, Any],
         name: str,
-        num_inference_steps: int | None,
+        num_inference_steps: int | StepAnnealer | None,
         guider: Guider | None,
     ):
         super().__init__(asked, seed)
@@ -215,7 +219,13 @@ class _ByStudent(Model):
     """Of networks that make samples in their own way, such as token after token (``genkit.students``)."""
 
     def __init__(
-        self, pipe: Any, asked: Asked, seed: int, arguments: dict[str, Any], name: str, num_inference_steps: int | None
+        self,
+        pipe: Any,
+        asked: Asked,
+        seed: int,
+        arguments: dict[str, Any],
+        name: str,
+        num_inference_steps: int | StepAnnealer | None,
     ):
         super().__init__(asked, seed)
         student = pipe.student_class.of_pipeline(pipe)
@@ -223,7 +233,8 @@ class _ByStudent(Model):
         self.made_with = {"model": name, "seed": seed, **arguments}
         arguments = arguments_of(pipe, num_inference_steps, arguments)
         if "num_inference_steps" in arguments:
-            self.made_with["steps"] = arguments["num_inference_steps"]
+            steps = arguments["num_inference_steps"]
+            self.made_with["steps"] = str(steps) if isinstance(steps, StepAnnealer) else steps
         if asked.labels is None:
             raise ValueError(f"{network} takes class labels, and {asked.of} has none")
         least, most = int(asked.labels.min()), int(asked.labels.max())

@@ -20,7 +20,10 @@ def sampled_with(folder: str | Path) -> dict[str, Any]:
     try:
         told = json.loads(file.read_text(encoding="utf-8"))
         made = {"model": name_of(told["pipeline"]), "steps": told["num_inference_steps"], "seed": told["seed"]}
-        made["scheduler"] = told["scheduler"]["name"]
+        if made["steps"] is None:  # of a network that takes none
+            del made["steps"]
+        if told["scheduler"] is not None:  # of a network that is a denoiser
+            made["scheduler"] = told["scheduler"]["name"]
         guider, more = told["guider"], told["arguments"]
         if guider is not None:
             made |= _guider(guider)

@@ -30,12 +30,12 @@ Side = str | Path | ImageSet | FeatureSet | FeatureStats
 class Generation:
     """How ``pipeline:FOLDER`` makes images; what is None is as the pipeline has it.
 
-    ``steps`` of the scheduler; ``guider``, ``scheduler`` and ``arguments`` as for ``genkit sample``; ``inputs``, a file
+    ``steps``, ``guider``, ``scheduler`` and ``arguments`` as for ``genkit sample``; ``inputs``, a file
     with a prompt or a label a line, instead of those of the reference; ``class_names``, a JSON file of names by label,
     and ``template``, for prompts out of labels; ``dtype`` of the networks.
     """
 
-    steps: int | None = None
+    steps: int | str | None = None
     guider: str | None = None
     scheduler: str | None = None
     arguments: str | None = None

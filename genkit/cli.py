@@ -112,7 +112,12 @@ def sample(
     ] = None,
     inputs: Annotated[Path | None, typer.Option(help="File with a prompt or a label a line, beside those.")] = None,
     num_inference_steps: Annotated[
-        int | None, typer.Option("--steps", help="Steps of the scheduler; the pipeline's own number by default.")
+        str | None,
+        typer.Option(
+            "--steps",
+            help="Steps of the scheduler, the pipeline's own number by default; of a diffusion head also falling ones: "
+            "linear:hi=50,lo=5.",
+        ),
     ] = None,
     num_images: Annotated[int, typer.Option("--per-label", "--per-prompt", help="Images a label or prompt.")] = 1,
     guider: Annotated[
@@ -258,7 +263,10 @@ def evaluate(
     crop: Annotated[
         str | None, typer.Option(help="How: center (ADM's rule, the default) or squash (bicubic, whatever the aspect).")
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Of pipeline:FOLDER; the pipeline's own by default.")] = None,
+    steps: Annotated[
+        str | None,
+        typer.Option(help="Of pipeline:FOLDER, as 25 or linear:hi=50,lo=5; the pipeline's own by default."),
+    ] = None,
     guider: Annotated[str | None, typer.Option(help="Of pipeline:FOLDER, as cfg:guidance_scale=2.")] = None,
     scheduler: Annotated[str | None, typer.Option(help="Of pipeline:FOLDER, as pndm.")] = None,
     arguments: Annotated[

@@ -42,6 +42,10 @@ class StepAnnealer:
         if self.kind == "constant" and self.lo != self.hi:
             raise ValueError(f"lo={self.lo}, hi={self.hi}: kind='constant' has one number of steps, so they must agree")
 
+    def __str__(self) -> str:
+        """As a command line writes it: ``linear:hi=50,lo=5``."""
+        return f"{self.kind}:hi={self.hi},lo={self.lo}"
+
     def __call__(self, k: int, num_ar_steps: int) -> int:
         """Steps of the head at step ``k`` of ``num_ar_steps``.
 

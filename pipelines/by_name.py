@@ -1,4 +1,4 @@
-"""Guiders, schedulers and rewards by name, as a command line writes them: ``apg:guidance_scale=4,eta=0``."""
+"""Guiders, schedulers, rewards and steps by name, as a command line writes them: ``apg:guidance_scale=4,eta=0``."""
 
 import ast
 import inspect
@@ -15,6 +15,7 @@ from genkit.registry import lookup, members, unknown
 from genkit.rewards import Reward
 from genkit.rewards import make as make_reward
 from genkit.schedulers.base import PathScheduler
+from genkit.step_annealing import KINDS, StepAnnealer
 
 # A path, a name on the Hub or file.py:name, bare, as a whole value; it has a letter, so that 1/2 is none.
 _BARE = re.compile(r"(?<==)\s*(?=[^,]*[:/\\])(?=[^,]*[A-Za-z])[\w.~:/\\-]+\s*(?=,|$)")
@@ -115,6 +116,22 @@ def parse_reward(text: str) -> Reward:
     except ValidationError as error:
         wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise ValueError(f"reward {name!r}: {wrong}") from None
+
+
+def parse_steps(text: str) -> int | StepAnnealer:
+    """A number of steps, or for networks with a diffusion head how they fall: ``linear:hi=50,lo=5``.
+
+    Raises:
+        ValueError: neither a whole number nor a kind of :class:`~genkit.step_annealing.StepAnnealer`, an unknown
+            setting, or a value that it refuses.
+    """
+    kind, _, rest = text.strip().partition(":")
+    if kind in KINDS:
+        return StepAnnealer(kind=kind, **parse_settings(f"num_inference_steps {kind!r}", rest, ("hi", "lo")))
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(unknown("num_inference_steps", kind, ["a whole number", *KINDS])) from None
 
 
 def _is_scheduler(cls: Any) -> bool:

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from genkit._files import first_line
 from genkit.adapters import parse_adapter
 from genkit.pipelines.base import DenoiserPipeline
-from genkit.pipelines.by_name import parse_guider, parse_scheduler, parse_settings
+from genkit.pipelines.by_name import parse_guider, parse_scheduler, parse_settings, parse_steps
 from genkit.pipelines.by_student import arguments_of, draw_images, draws_by_labels, labels_of, student_pipelines
 from genkit.pipelines.class_conditional import ClassConditionalPipeline
 from genkit.pipelines.few_step import FewStepPipeline
@@ -22,6 +22,7 @@ from genkit.pipelines.image_folder import ImageFolder
 from genkit.pipelines.numbered import asked_of, described, lines_of, make_images, shape_of_call, steps_of_call
 from genkit.pipelines.text_to_image import TextToImagePipeline
 from genkit.registry import unknown
+from genkit.step_annealing import StepAnnealer
 
 PIPELINES = {cls.__name__: cls for cls in (ClassConditionalPipeline, FewStepPipeline, TextToImagePipeline)}
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16")}
@@ -120,7 +121,7 @@ def sample_to_folder(
     prompts: Sequence[str] = (),
     labels: Sequence[str] = (),
     inputs: Path | None = None,
-    num_inference_steps: int | None = None,
+    num_inference_steps: int | str | StepAnnealer | None = None,
     num_images: int = 1,
     guider: str | None = None,
     scheduler: str | None = None,
@@ -144,7 +145,7 @@ def sample_to_folder(
         prompts, labels: what to make images of, by which of the two the network takes; labels by number or name. All
             labels by default.
         inputs: a file with more of them, one a line; empty lines do not count.
-        num_inference_steps: by default the pipeline's own.
+        num_inference_steps: by default the pipeline's own; see :func:`parse_steps`.
         num_images: of each prompt or label; of an unconditional network, in all.
         guider, scheduler: see :func:`parse_guider`, :func:`parse_scheduler`.
         adapters: LoRAs as ``folder`` or ``folder=0.7``, added up with these scales.
@@ -164,6 +165,8 @@ def sample_to_folder(
         raise ValueError(unknown("dtype", dtype, DTYPES))
     lines = lines_of(inputs)
     rule = None if guider is None else parse_guider(guider)
+    if isinstance(num_inference_steps, str):
+        num_inference_steps = parse_steps(num_inference_steps)
     extra = parse_settings("arguments", arguments)
     loras = [parse_adapter(text) for text in adapters]
     pipe: Any = load_any(pipeline, dtype=DTYPES[dtype])
@@ -204,7 +207,7 @@ def sample_to_folder(
         "pipeline": str(Path(pipeline).resolve()) if Path(pipeline).exists() else str(pipeline),
         "asked": asked,
         "num_images": num_images,
-        "num_inference_steps": steps,
+        "num_inference_steps": str(steps) if isinstance(steps, StepAnnealer) else steps,
         "guider": None if rule is None else described(rule),
         "scheduler": None if student else described(pipe.scheduler),
         # None without any: the folders that earlier versions made do not name them.

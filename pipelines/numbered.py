@@ -11,6 +11,7 @@ from genkit.pipelines.base import DenoiserPipeline, PipelineOutput
 from genkit.registry import unknown
 from genkit.rng import ItemRNG
 from genkit.sampling import check_fit
+from genkit.step_annealing import StepAnnealer
 
 # What the command line decides itself, in ways that make an image a function of the seed and its number.
 _TAKEN = {"self", "prompt", "class_labels", "condition", "num_inference_steps", "guider", "generator", "latents"}
@@ -82,8 +83,15 @@ def shape_of_call(
     return shape
 
 
-def steps_of_call(pipe: DenoiserPipeline, num_inference_steps: int | None, extra: Mapping[str, Any]) -> int:
+def steps_of_call(
+    pipe: DenoiserPipeline, num_inference_steps: int | StepAnnealer | None, extra: Mapping[str, Any]
+) -> int:
     """How many steps a call makes, by default the pipeline's own. Refuses arguments that it does not take."""
+    if isinstance(num_inference_steps, StepAnnealer):
+        raise ValueError(
+            f"num_inference_steps={str(num_inference_steps)!r}: steps that fall are those of a diffusion head, of a "
+            f"MaskedAutoregressivePipeline; a {type(pipe).__name__} takes a whole number"
+        )
     call = inspect.signature(type(pipe).__call__).parameters
     open_ended = any(p.kind is p.VAR_KEYWORD for p in call.values())
     refuse_steps_of(extra)
@@ -98,7 +106,7 @@ def refuse_steps_of(extra: Mapping[str, Any]) -> None:
     if "num_inference_steps" in extra:
         raise ValueError(
             f"arguments: num_inference_steps={extra['num_inference_steps']!r} is a setting of its own, --steps on a "
-            "command line, a whole number; steps that fall (StepAnnealer) are given to the pipeline in Python"
+            "command line: a whole number, or steps that fall, as linear:hi=50,lo=5"
         )
 
 

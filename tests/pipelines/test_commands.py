@@ -20,11 +20,13 @@ from genkit.networks.gpt import GPT
 from genkit.networks.mar import MAR
 from genkit.pipelines import ClassConditionalPipeline
 from genkit.pipelines.autoregressive import AutoregressivePipeline
+from genkit.pipelines.by_name import parse_steps
 from genkit.pipelines.commands import load_pipeline, parse_guider, parse_scheduler, parse_settings, sample_to_folder
 from genkit.pipelines.masked_autoregressive import MaskedAutoregressivePipeline
 from genkit.rng import ItemRNG
 from genkit.schedulers import FlowMapScheduler
 from genkit.schedulers.exact_denoiser import ExactDenoiserScheduler
+from genkit.step_annealing import StepAnnealer
 
 
 def network(**settings):
@@ -327,6 +329,58 @@ def test_a_set_of_tokens_after_the_other(masked, tmp_path):
     pipe = MaskedAutoregressivePipeline.from_pretrained(masked)
     expected = pipe([1], 2, num_ar_steps=4, guidance_scale=2.0, generator=ItemRNG(0, [1]).generators()).images[0]
     assert numpy.array_equal(numpy.asarray(Image.open(tmp_path / "a/1/000001.png")), numpy.asarray(expected))
+
+
+def test_steps_of_the_head_that_fall(masked, tmp_path):
+    settings = dict(labels=["1"], arguments="num_ar_steps=4")
+    found = images(call(masked, tmp_path / "a", num_inference_steps="linear:lo=2,hi=6", **settings))
+    pipe = MaskedAutoregressivePipeline.from_pretrained(masked)
+    out = pipe([1], StepAnnealer(6, 2), num_ar_steps=4, generator=ItemRNG(0, [0]).generators())
+    assert numpy.array_equal(numpy.asarray(Image.open(tmp_path / "a/1/000000.png")), numpy.asarray(out.images[0]))
+    assert out.head_calls == 6 + 4 + 3 + 2
+    told = json.loads((tmp_path / "a" / "settings.json").read_text())
+    assert told["num_inference_steps"] == "linear:hi=6,lo=2"
+    again = call(masked, tmp_path / "a", num_inference_steps=parse_steps(told["num_inference_steps"]), **settings)
+    assert images(again) == found  # the same settings, so that it would go on
+    assert parse_steps(" 25") == 25 and parse_steps("cosine") == StepAnnealer(50, 5, "cosine")
+
+
+@pytest.mark.parametrize(
+    "steps, text",
+    [
+        (
+            "ten",
+            "num_inference_steps='ten'.*Accepted: a whole number, constant, cosine, linear, two_stage",
+        ),
+        ("lineer:hi=4", "did you mean 'linear'.*Accepted: a whole number, constant"),
+        ("2.5", "num_inference_steps='2.5' is not known.*a whole number"),
+        ("linear:high=4", "num_inference_steps 'linear': setting='high' is not known.*Accepted: hi, lo"),
+        ("linear:hi=4,lo=5", "lo=5, hi=4: accepted are 1 <= lo <= hi"),
+        ("linear:hi=2000", "num_steps=2000: accepted are 1 to 1000"),
+        ("linear:hi=x", "hi='x': must be an integer"),
+        ("0", "num_steps=0"),
+    ],
+)
+def test_steps_that_a_command_line_cannot_mean(steps, text, masked, tmp_path):
+    with pytest.raises(ValueError, match=text):
+        call(masked, tmp_path / "a", num_inference_steps=steps)
+    assert not (tmp_path / "a").exists()
+
+
+def test_steps_that_fall_are_for_a_head(folder, tokens, tmp_path):
+    for path, text in (
+        (folder, "='linear:hi=4,lo=1': steps that fall.*a ClassConditionalPipeline takes a whole number"),
+        (tokens, "=linear:hi=4,lo=1: a pipeline of the class AutoregressivePipeline takes none"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            call(path, tmp_path / "a", num_inference_steps="linear:hi=4,lo=1")
+    assert not (tmp_path / "a").exists()
+
+
+def test_more_steps_than_tokens_are_refused_before_anything_is_written(masked, tmp_path):
+    with pytest.raises(ValueError, match="num_ar_steps=5: accepted are 1 to 4, the number of tokens"):
+        call(masked, tmp_path / "a", arguments="num_ar_steps=5")
+    assert not (tmp_path / "a").exists()
 
 
 @pytest.mark.parametrize(
