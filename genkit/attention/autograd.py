@@ -1,0 +1,175 @@
+"""Derivatives of fused attention: what PyTorch is told, around kernels that know nothing of it.
+
+:class:`Attention` has a backward and a forward-mode rule; the latter is a function of its own, :class:`Tangent`, with a
+backward, so that ``torch.func.jvp``, dual levels, ``backward`` and the gradient of a jvp compose. Only what enters or
+leaves a function can be saved for its backward, hence the outputs that nobody sees. Saved outputs are constants to
+PyTorch, so a second derivative would be wrong without an error: every backward goes through :class:`_Once`, which raises.
+"""
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import FunctionCtx
+
+from genkit.attention.inputs import Inputs
+
+
+def attention(inputs: Inputs, kernels: ModuleType | None = None) -> Tensor:
+    """``o``, by the functions of ``kernels``."""
+    q, k, v, mask, bias, options = inputs
+    return Attention.apply(q, k, v, bias, mask, options, kernels or _triton())[0]
+
+
+def attention_with_tangent(
+    inputs: Inputs,
+    tq: Tensor | None,
+    tk: Tensor | None,
+    tv: Tensor | None,
+    tbias: Tensor | None,
+    kernels: ModuleType | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``(o, to)``, by the functions of ``kernels``."""
+    q, k, v, mask, bias, options = inputs
+    precise = torch.is_grad_enabled()
+    outputs = Pair.apply(q, k, v, bias, mask, tq, tk, tv, tbias, options, kernels or _triton(), precise)
+    return outputs[0], outputs[1]
+
+
+def _triton() -> ModuleType:
+    from genkit.attention import triton_kernels
+
+    return triton_kernels
+
+
+class Attention(Function):
+    """``(q, k, v, bias, mask) -> (o, lse)``; ``lse`` is of scores, in natural logarithms, without derivative."""
+
+    @staticmethod
+    def forward(q, k, v, bias, mask, options, kernels):
+        return kernels.forward(q, k, v, bias, mask, options)
+
+    @staticmethod
+    def setup_context(ctx: FunctionCtx, inputs: Any, output: Any) -> None:
+        q, k, v, bias, mask, ctx.options, ctx.kernels = inputs  # type: ignore[attr-defined]
+        o, lse = output
+        ctx.mark_non_differentiable(lse)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(q, k, v, bias, mask, o, lse)
+        ctx.save_for_forward(q, k, v, bias, mask, lse)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None, _) -> Any:
+        if g is None:
+            return (None,) * 7
+        q, k, v, bias, mask, o, lse = ctx.saved_tensors
+        needs_bias = ctx.needs_input_grad[3]
+        grads = _Once.apply(ctx.kernels.backward, q, k, v, bias, mask, o, lse, g, ctx.options, needs_bias)
+        return *grads, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tq, tk, tv, tbias, *_) -> Any:
+        q, k, v, bias, mask, lse = ctx.saved_tensors
+        precise = torch.is_grad_enabled()
+        arguments = (q, k, v, bias, mask, lse, tq, tk, tv, tbias, ctx.options, ctx.kernels, precise)
+        return Tangent.apply(*arguments)[0], None
+
+
+class Tangent(Function):
+    """``(q, k, v, bias, mask, lse, tq, tk, tv, tbias) -> (to, mu, o, to)``, the last two in float32 for the backward."""
+
+    @staticmethod
+    def forward(q, k, v, bias, mask, lse, tq, tk, tv, tbias, options, kernels, precise):
+        return kernels.tangent(q, k, v, bias, mask, lse, tq, tk, tv, tbias, options, precise)
+
+    @staticmethod
+    def setup_context(ctx: FunctionCtx, inputs: Any, output: Any) -> None:
+        q, k, v, bias, mask, lse, tq, tk, tv, tbias, ctx.options, ctx.kernels, _ = inputs  # type: ignore[attr-defined]
+        to, mu, o, exact = output
+        ctx.mark_non_differentiable(*(x for x in (mu, o, exact) if x is not None))
+        ctx.set_materialize_grads(False)
+        saved = (q, k, v, bias, mask, lse, tq, tk, tv, tbias, mu, o, to if exact is None else exact)
+        ctx.save_for_backward(*saved)
+
+    @staticmethod
+    def backward(ctx: Any, h: Tensor | None, *_) -> Any:
+        if h is None:
+            return (None,) * 13
+        q, k, v, bias, mask, lse, tq, tk, tv, tbias, mu, o, to = ctx.saved_tensors
+        needs_bias = (ctx.needs_input_grad[3], ctx.needs_input_grad[9])
+        dq, dk, dv, dbias, dtq, dtk, dtv, dtbias = _Once.apply(
+            ctx.kernels.backward_with_tangent,
+            *(q, k, v, bias, mask, tq, tk, tv, tbias, o, to, lse, mu, None, h, ctx.options, needs_bias),
+        )
+        return dq, dk, dv, dbias, None, None, dtq, dtk, dtv, dtbias, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *_) -> Any:
+        raise RuntimeError(_SECOND)
+
+
+class Pair(Function):
+    """``(q, k, v, bias, mask, tq, tk, tv, tbias) -> (o, to, lse, mu, o, to)``, the last two in float32 for the backward."""
+
+    @staticmethod
+    def forward(q, k, v, bias, mask, tq, tk, tv, tbias, options, kernels, precise):
+        return kernels.forward_with_tangent(q, k, v, bias, mask, tq, tk, tv, tbias, options, precise)
+
+    @staticmethod
+    def setup_context(ctx: FunctionCtx, inputs: Any, output: Any) -> None:
+        q, k, v, bias, mask, tq, tk, tv, tbias, ctx.options, ctx.kernels, _ = inputs  # type: ignore[attr-defined]
+        o, to, lse, mu, exact, exact_tangent = output
+        ctx.mark_non_differentiable(*(x for x in (lse, mu, exact, exact_tangent) if x is not None))
+        ctx.set_materialize_grads(False)
+        o, to = o if exact is None else exact, to if exact_tangent is None else exact_tangent
+        ctx.save_for_backward(q, k, v, bias, mask, tq, tk, tv, tbias, o, to, lse, mu)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None, h: Tensor | None, *_) -> Any:
+        q, k, v, bias, mask, tq, tk, tv, tbias, o, to, lse, mu = ctx.saved_tensors
+        dtq = dtk = dtv = dtbias = None
+        if h is None and g is None:
+            return (None,) * 12
+        if h is None:  # the tangent was not used: an ordinary backward
+            arguments = (q, k, v, bias, mask, o, lse, g, ctx.options, ctx.needs_input_grad[3])
+            dq, dk, dv, dbias = _Once.apply(ctx.kernels.backward, *arguments)
+        else:
+            needs_bias = (ctx.needs_input_grad[3], ctx.needs_input_grad[8])
+            dq, dk, dv, dbias, dtq, dtk, dtv, dtbias = _Once.apply(
+                ctx.kernels.backward_with_tangent,
+                *(q, k, v, bias, mask, tq, tk, tv, tbias, o, to, lse, mu, g, h, ctx.options, needs_bias),
+            )
+        return dq, dk, dv, dbias, None, dtq, dtk, dtv, dtbias, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *_) -> Any:
+        raise RuntimeError(_SECOND)
+
+
+_SECOND = (
+    "fused attention has no second derivatives; within genkit.kernels.choose('off'), or with GENKIT_KERNELS=off, eager "
+    "attention has them"
+)
+
+
+class _Once(Function):
+    """A backward pass, which cannot be differentiated again."""
+
+    @staticmethod
+    def forward(backward: Callable, *arguments):
+        return backward(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: FunctionCtx, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_) -> Any:
+        raise RuntimeError(_SECOND)
+
+    @staticmethod
+    def jvp(ctx: Any, *_) -> Any:
+        raise RuntimeError(_SECOND)
