@@ -147,6 +147,8 @@ def _print(result: Result) -> None:
         table.add_row(Text(name), f"{value:.6g}{interval}")  # as text: fid[clean] has no markup
     if result.nfe is not None:
         table.add_row("network calls (NFE)", f"{result.nfe:g}")
+    if result.head_calls is not None:
+        table.add_row("calls of the diffusion head", f"{result.head_calls:g}")
     console = Console()
     console.print(table)
     lines = [f"extractor {protocol.extractor}, n_real {protocol.n_real}, n_gen {protocol.n_gen}"]
@@ -164,6 +166,8 @@ def _write_html(path: str | Path, result: Result, reference: Any, generated: Any
         rows.append((name, Cell(value, note)))
     if result.nfe is not None:
         rows.append(("network calls (NFE)", result.nfe))
+    if result.head_calls is not None:
+        rows.append(("calls of the diffusion head", result.head_calls))
     grids = []
     for role, source in (("reference", reference), ("generated", generated)):
         if isinstance(source, ImageSet) and (first := _first(source)):

@@ -16,7 +16,7 @@ from genkit.eval.asked import Asked, as_asked
 from genkit.eval.inputs import ImageSet, Maker, uint8_kind
 from genkit.eval.on_demand import Spool, evaluating
 from genkit.eval.preparation import Crop, Preparation, preparation
-from genkit.eval.processes import gather
+from genkit.eval.processes import per_image
 from genkit.guidance.base import Guider
 from genkit.latents import compression
 from genkit.pipelines.base import DenoiserPipeline, PipelineOutput
@@ -118,10 +118,13 @@ class Model(Maker):
     def __init__(self, asked: Asked, seed: int):
         self.asked, self.seed = asked, seed
         self._calls, self._images = 0, 0
+        self._head_calls: int | None = None
 
     def network_calls(self) -> float | None:
-        calls, images = (sum(column) for column in zip(*gather((self._calls, self._images)), strict=True))
-        return calls / images if images else None
+        return per_image(self._calls, self._images)
+
+    def head_calls(self) -> float | None:
+        return None if self._head_calls is None else per_image(self._head_calls, self._images)
 
     def evaluating(self) -> contextlib.AbstractContextManager[None]:
         return _as_evaluated(self.pipe)
@@ -131,6 +134,8 @@ class Model(Maker):
         with self.evaluating():
             output = self._call(items)
         self._calls += output.network_calls * len(items)
+        if self._head_calls is not None:
+            self._head_calls += output.head_calls * len(items)  # type: ignore[attr-defined]
         self._images += len(items)
         images = output.images.float().cpu()
         flagged = output.nsfw_content_detected or [False] * len(items)
@@ -230,6 +235,7 @@ class _ByStudent(Model):
         super().__init__(asked, seed)
         student = pipe.student_class.of_pipeline(pipe)
         network, count = type(student.network).__name__, student.num_classes
+        self._head_calls = student.head_calls
         self.made_with = {"model": name, "seed": seed, **arguments}
         arguments = arguments_of(pipe, num_inference_steps, arguments)
         if "num_inference_steps" in arguments:

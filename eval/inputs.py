@@ -40,7 +40,11 @@ class Maker:
     codes: CodeUsage | None = None
 
     def network_calls(self) -> float | None:
-        """Calls of a denoising network per image, as counted over all processes, which must all ask; None of others."""
+        """Calls of a network per image, as counted over all processes, which must all ask; None of others."""
+        return None
+
+    def head_calls(self) -> float | None:
+        """Calls of a diffusion head per image, one after the other, likewise; None of networks without one."""
         return None
 
     def denoiser(self) -> Any:

@@ -11,7 +11,7 @@ from genkit.eval.mmhm import METRICS
 from genkit.eval.plots import Panel, against
 from genkit.eval.report import Block, Cell, Column, ProtocolBlock, Section, Table
 from genkit.eval.result import COMPARED
-from genkit.eval.runs import NO_GUIDER, Run
+from genkit.eval.runs import COSTS, NO_GUIDER, Run
 from genkit.eval.selection import call_rows
 
 _NAMES = {"guidance_scale": "guidance", "nfe": "calls"}
@@ -138,7 +138,7 @@ def plots(made: Comparison) -> list[Section]:
     names = [*(["mmhm"] if made.ranking else []), *made.metrics]
     found: list[Section] = []
     for setting, other in (("steps", "guidance_scale"), ("guidance_scale", "steps")):
-        kept = [key for key in made.settings if key not in (setting, other, "nfe")]
+        kept = [key for key in made.settings if key not in (setting, other, *COSTS)]
         panels = [_panel(made, name) for name in names]
         words = "Arrows point to the better way."
         if other in made.settings:

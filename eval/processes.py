@@ -87,6 +87,12 @@ def gather_rows(rows: Tensor) -> Tensor:
     return torch.cat(gather(rows.cpu()))
 
 
+def per_image(total: int, images: int) -> float | None:
+    """What all processes counted, over the images that all made; ``None`` of none. All must ask."""
+    totals, counts = zip(*gather((total, images)), strict=True)
+    return sum(totals) / sum(counts) if sum(counts) else None
+
+
 def wait() -> None:
     """Until every process has come here."""
     if rank_and_count()[1] > 1:

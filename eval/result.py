@@ -38,6 +38,8 @@ class Protocol(BaseModel):
 class Result(BaseModel):
     """Values by name, network calls per image (``nfe``) if known, how they were made, and what to beware of.
 
+    ``head_calls`` are those of a diffusion head per image, one after the other, of networks that have one beside.
+
     ``made_with`` is what the images were generated with (``model``, ``steps``, ``guidance_scale`` ...), where known;
     ``intervals`` has ``[low, high]`` of 95 %, where asked for, ``per_class`` values by label; ``command`` is
     the command line that was called, if one was.
@@ -48,6 +50,7 @@ class Result(BaseModel):
 
     values: dict[str, float]
     nfe: float | None = Field(default=None, ge=0)
+    head_calls: float | None = Field(default=None, ge=0)
     protocol: Protocol
     notes: list[str] = Field(default_factory=list)
     made_with: dict[str, Any] = Field(default_factory=dict)

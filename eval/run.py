@@ -241,6 +241,7 @@ def evaluate(
     result = Result(
         values=values,
         nfe=nfe if model is None else model.network_calls(),
+        head_calls=None if model is None else model.head_calls(),
         protocol=protocol,
         notes=notes + without,
         made_with={**({} if model is None else model.made_with), **(made_with or {})},

@@ -15,6 +15,8 @@ from genkit.eval.tables import Row, read_rows, row_of
 
 CELLS = "cells"
 NO_GUIDER = (None, "none")
+# What a run cost: shown like its settings, but no name tells it, and no line of a plot is joined by it.
+COSTS = ("nfe", "head_calls")
 # Settings that name a run where they differ, and how; others do by their own name.
 _NAMED = {
     "model": "{}", "guider": "{}", "scheduler": "{}", "steps": "{} steps", "guidance_scale": "guidance {}"
@@ -148,8 +150,9 @@ def _last(path: str) -> str:
 
 def _made(result: Result) -> dict[str, Any]:
     made = dict(result.made_with)
-    if result.nfe is not None:
-        made.setdefault("nfe", result.nfe)
+    for cost in COSTS:
+        if (value := getattr(result, cost)) is not None:
+            made.setdefault(cost, value)
     return made
 
 
@@ -162,7 +165,7 @@ def _plain(value: Any) -> Any:
 
 def _name(settings: dict[str, Any], varying: Sequence[str], evaluation: Evaluation) -> str:
     parts = []
-    for key in (*_NAMED, *(key for key in varying if key not in _NAMED and key != "nfe")):
+    for key in (*_NAMED, *(key for key in varying if key not in _NAMED and key not in COSTS)):
         value = settings.get(key)
         if key in varying and value is not None and not (key == "guider" and value in NO_GUIDER):
             words = _NAMED.get(key, key + " {}").format(value)

@@ -41,8 +41,8 @@ def rank_rows(
     Columns are found whatever their case, and by the names in ``ALIASES``. To each row come ``mmhm_rank``, ``mmhm``,
     ``mmhm_row`` (its number in the table), ``mmhm_u_NAME`` by metric, ``mmhm_pareto`` (no row beats it),
     ``mmhm_outside`` (of stored bounds) and ``mmhm_forced``; such columns of an earlier call are replaced. Ties go to
-    fewer network calls (``nfe``, else ``steps`` times ``calls_per_step``), then to the lower ``guidance_scale`` or
-    ``cfg``, and are noted.
+    fewer network calls (``nfe``, else ``steps`` times ``calls_per_step``), then to fewer ``head_calls``, then to the
+    lower ``guidance_scale`` or ``cfg``, and are noted.
 
     Args:
         bounds_protocols: those of the rows that ``bounds`` are of, which must agree with the rows' own.
@@ -124,6 +124,8 @@ def _ties(rows: Sequence[Row]) -> dict[str, list[float]]:
     elif steps is not None:
         each = column("calls_per_step", empty=1.0) or [1.0] * len(rows)
         ties["fewer network calls"] = [n * k for n, k in zip(steps, each, strict=True)]
+    if (of_head := column("head_calls")) is not None:
+        ties["fewer calls of the diffusion head"] = of_head
     if (guidance := column("guidance_scale", "cfg", "guidance")) is not None:
         ties["lower guidance"] = guidance
     return ties

@@ -14,7 +14,7 @@ Row = dict[str, Any]
 def read_rows(path: str | Path) -> list[Row]:
     """Rows of a CSV file with a head, of a JSON list of objects or object with such a list as ``rows``, or a result.
 
-    A result of ``genkit eval run --json``, alone or in a list, is a row of its values, ``nfe`` and ``protocol``.
+    A result of ``genkit eval run --json``, alone or in a list, is a row of its values, its network calls and ``protocol``.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -64,11 +64,15 @@ def _json(path: Path, text: str) -> list[Row]:
 
 
 def row_of(row: Row) -> Row:
-    """A result, as JSON has it, as a table's row: what it was made with, its values, ``nfe`` and ``protocol``."""
+    """A result, as JSON has it, as a table's row: what it was made with, its values, ``nfe``, ``protocol``, and
+    ``head_calls`` where there are any."""
     protocol = row.get("protocol")
     name = protocol.get("generated") if isinstance(protocol, dict) else None
     made = row.get("made_with") or {}
-    return {"generated": name, **made, **row["values"], "nfe": row.get("nfe"), "protocol": protocol}
+    calls = {"nfe": row.get("nfe")}
+    if row.get("head_calls") is not None:
+        calls["head_calls"] = row["head_calls"]
+    return {"generated": name, **made, **row["values"], **calls, "protocol": protocol}
 
 
 def plain(name: str) -> str:

@@ -101,6 +101,7 @@ class MaskedAutoregressive(Student):
     """
 
     network: MAR
+    head_calls: int
     takes_steps = True
 
     def __init__(self, network: MAR):

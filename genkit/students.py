@@ -23,12 +23,14 @@ class Student(ABC):
         component: what the network is called in its pipeline.
         takes_steps: whether ``num_inference_steps`` means something to :meth:`draw`.
         calls: evaluations of the network so far.
+        head_calls: those of its diffusion head, one after the other; ``None`` of a network without one.
     """
 
     shape: tuple[int, ...]
     num_classes: int | None = None
     takes_steps: bool = False
     component: ClassVar[str] = "transformer"
+    head_calls: int | None = None
 
     def __init__(self, network: Any):
         self.network = network

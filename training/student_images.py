@@ -9,7 +9,7 @@ from torch import Tensor
 from genkit.eval.asked import Asked
 from genkit.eval.inputs import ImageSet, Maker, to_uint8, uint8_kind
 from genkit.eval.on_demand import Spool, evaluating
-from genkit.eval.processes import gather
+from genkit.eval.processes import per_image
 from genkit.rng import ItemRNG, hash_seed
 from genkit.training.build import Run
 from genkit.training.config import Sampling
@@ -61,22 +61,32 @@ class _StudentModel(Maker):
         self.seed = hash_seed(seed, *b"student images")
         self.made_with: dict[str, Any] = {"model": name, "steps": steps, "seed": seed}
         self._calls, self._images = 0, 0
+        self._head_calls = None if self._of_head is None else 0
         with evaluating([run.student.module]):
             pixels = run.inputs.decode(torch.zeros(1, *self.shape, device=device))
         c, h, w = pixels.shape[1:]
         self.image_shape = (c, h, w)
 
+    @property
+    def _of_head(self) -> int | None:
+        """Calls of the student's diffusion head, since it was made; only some networks have one."""
+        return getattr(self.run.student, "head_calls", None)
+
     def network_calls(self) -> float | None:
-        calls, images = (sum(column) for column in zip(*gather((self._calls, self._images)), strict=True))
-        return calls / images if images else None
+        return per_image(self._calls, self._images)
+
+    def head_calls(self) -> float | None:
+        return None if self._head_calls is None else per_image(self._head_calls, self._images)
 
     def make(self, items: Sequence[int]) -> tuple[Tensor, dict[int, str]]:
-        before = self.run.student.calls
+        before, of_head = self.run.student.calls, self._of_head
         read = {k: v[list(items)] if isinstance(v, Tensor) else [v[i] for i in items] for k, v in self.told.items()}
         with evaluating([self.run.student.module]):
             rng = ItemRNG(self.seed, items, self.device)
             pixels = self.run.inputs.decode(draw(self.run, read, rng, self.steps, self.shape)).float().cpu()
         self._calls += (self.run.student.calls - before) * len(items)
+        if self._head_calls is not None:
+            self._head_calls += (self._of_head - of_head) * len(items)  # type: ignore[operator]
         self._images += len(items)
         bad = (~pixels.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
         return to_uint8(pixels.nan_to_num()), {row: f"image {items[row]} is not finite" for row in bad}

@@ -3,7 +3,7 @@
 :class:`Attention` has a backward and a forward-mode rule; the latter is a function of its own, :class:`Tangent`, with a
 backward, so that ``torch.func.jvp``, dual levels, ``backward`` and the gradient of a jvp compose. Only what enters or
 leaves a function can be saved for its backward, hence the outputs that nobody sees. Saved outputs are constants to
-PyTorch, so a second derivative would be wrong without an error: every backward goes through :class:`_Once`, which raises.
+PyTorch, so a second derivative would be wrong without an error: every backward is a :class:`_Once`, which raises.
 """
 
 from collections.abc import Callable
@@ -79,7 +79,7 @@ class Attention(Function):
 
 
 class Tangent(Function):
-    """``(q, k, v, bias, mask, lse, tq, tk, tv, tbias) -> (to, mu, o, to)``, the last two in float32 for the backward."""
+    """``(q, k, v, bias, mask, lse, tq, tk, tv, tbias) -> (to, mu, o, to)``, the last two in float32."""
 
     @staticmethod
     def forward(q, k, v, bias, mask, lse, tq, tk, tv, tbias, options, kernels, precise):
@@ -112,7 +112,7 @@ class Tangent(Function):
 
 
 class Pair(Function):
-    """``(q, k, v, bias, mask, tq, tk, tv, tbias) -> (o, to, lse, mu, o, to)``, the last two in float32 for the backward."""
+    """``(q, k, v, bias, mask, tq, tk, tv, tbias) -> (o, to, lse, mu, o, to)``: the last in float32."""
 
     @staticmethod
     def forward(q, k, v, bias, mask, tq, tk, tv, tbias, options, kernels, precise):

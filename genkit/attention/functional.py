@@ -63,9 +63,9 @@ def attention_with_tangent(
     """:func:`attention` and its derivative along ``(tq, tk, tv, tbias)``, as one operation.
 
     ``o = p v`` and ``to = (p * (t - mu)) v + p tv``, where ``t = scale (tq k^T + q tk^T) + tbias`` and ``mu`` is the
-    mean of ``t`` under ``p``, row by row. Tangents that are ``None`` are 0 and cost nothing. Both outputs have gradients
-    to all inputs. This is for networks that carry values and tangents side by side, and for ``torch.compile``, which
-    loses what goes through forward mode.
+    mean of ``t`` under ``p``, row by row. Tangents that are ``None`` are 0 and cost nothing. Both outputs have
+    gradients to all inputs. This is for networks that carry values and tangents side by side, and for
+    ``torch.compile``, which loses what goes through forward mode.
 
     Args and errors are those of :func:`attention`; ``tq``, ``tk``, ``tv`` have the shapes of ``q``, ``k``, ``v``.
 

@@ -68,7 +68,7 @@ def check(
     if mask is not None:
         if mask.dtype != torch.bool:
             raise ValueError(
-                f"mask is {mask.dtype}; expected torch.bool, True where attended; give additive ones as bias"
+                f"mask is {mask.dtype}; expected torch.bool, True where attended; an additive one is a bias"
             )
         mask = _broadcast("mask", mask, full)
     if bias is not None:
@@ -87,9 +87,7 @@ def check_tangents(inputs: Inputs, tq: Tensor | None, tk: Tensor | None, tv: Ten
     for name, x, tx in zip(("q", "k", "v", "bias"), (*inputs[:3], inputs.bias), (tq, tk, tv, tbias), strict=True):
         if tx is not None:
             if tx.shape != x.shape:
-                raise ValueError(
-                    f"{name} has shape {tuple(x.shape)} and its tangent {tuple(tx.shape)}; expected the same"
-                )
+                raise ValueError(f"{name} has shape {tuple(x.shape)} and its tangent {tuple(tx.shape)}; give one shape")
             if tx.device != x.device:
                 raise ValueError(f"{name} is on {x.device} and its tangent on {tx.device}; bring both to one device")
             tx = tx.to(x.dtype) if torch.is_autocast_enabled(x.device.type) else tx
@@ -104,7 +102,7 @@ def _broadcast(name: str, x: Tensor, full: tuple[int, ...]) -> Tensor:
     if x.ndim == 2 and b > 1 and x.shape == (b, n) and m != 1:
         if m == b:
             raise ValueError(
-                f"{name} of shape {tuple(x.shape)} may be (queries, keys) or (batch, keys), of which there are as many; "
+                f"{name} of shape {tuple(x.shape)} may be (queries, keys) or (batch, keys), as many of both; "
                 f"give it as (1, 1, {m}, {n}) or as ({b}, 1, 1, {n})"
             )
         x = x[:, None, None]  # keys that are padding

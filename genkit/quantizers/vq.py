@@ -18,7 +18,7 @@ class VQConfig(CodebookConfig):
     """``rule``: codes learn by the codebook loss (``gradient``) or are moving averages of what they stand for (``ema``,
     with ``decay``). ``kmeans_init``: the first batch decides them, by ten rounds of Lloyd's algorithm.
     ``restart_threshold``: a code that stands for fewer vectors a batch, as a moving average, becomes one of the batch's
-    vectors; 0 is never, 1 to 2 usual. ``init``: ``uniform`` on +-1/K, or ``normal`` with variance 1/D. ``seed``: of
+    vectors, the least used first and no two the same; 0 is never, 1 to 2 usual. ``init``: ``uniform`` on +-1/K, or ``normal`` with variance 1/D. ``seed``: of
     these choices.
     """
 
@@ -115,6 +115,8 @@ class VQ(CodebookQuantizer):
         if not len(dead):
             return
         pool = processes.all_rows(z)
+        if len(dead) > len(pool):  # two codes on one vector would leave one of them dead
+            dead = dead[self.counts[dead].argsort(stable=True)[: len(pool)]]
         some = self._rows(len(pool), len(dead)).to(z.device)
         self.embedding[dead] = pool[some].to(self.embedding)
         self.counts[dead] = self.config.restart_threshold
