@@ -2,6 +2,7 @@
 
 import gc
 import random
+import re
 
 import diffusers
 import numpy
@@ -10,16 +11,23 @@ import torch
 from PIL import Image
 
 from genkit.eval.asked import evenly, matched
+from genkit.eval.command import _print as show
 from genkit.eval.generated import generated_images, name_of
 from genkit.eval.inputs import UnreadableImage, read_images
+from genkit.eval.page import main as write_page
 from genkit.eval.run import evaluate
+from genkit.eval.runs import read_runs
+from genkit.eval.tables import row_of
 from genkit.guidance import CFG
 from genkit.networks.dit import DiT
 from genkit.networks.gpt import GPT
+from genkit.networks.mar import MAR
 from genkit.pipelines import ClassConditionalPipeline, FewStepPipeline, TextToImagePipeline
 from genkit.pipelines.autoregressive import AutoregressivePipeline
+from genkit.pipelines.masked_autoregressive import MaskedAutoregressivePipeline
 from genkit.rng import ItemRNG
 from genkit.schedulers import FlowMapScheduler
+from genkit.step_annealing import StepAnnealer
 
 
 @pytest.fixture(scope="module")
@@ -210,6 +218,31 @@ def test_autoregressive():
     ):
         with pytest.raises(ValueError, match=match):
             generated_images(pipe, asked, **settings)
+
+
+def test_calls_of_a_diffusion_head_are_counted_beside_those_of_the_network(real, tmp_path, capsys):
+    """Steps that fall save calls of the head alone: without these, tables would show no difference."""
+    torch.manual_seed(0)
+    small = dict(hidden_size=16, num_layers=1, num_heads=2, head_width=16, head_layers=1, buffer_size=2)
+    pipe = MaskedAutoregressivePipeline(MAR(**small).eval())
+    for name, steps, calls in (("falling", StepAnnealer(6, 2), 6 + 4 + 3 + 2), ("constant", "6", 4 * 6)):
+        images = generated_images(
+            pipe, [1, 2, 3], num_inference_steps=steps, arguments={"num_ar_steps": 4}, batch_size=2, name="mar"
+        )
+        assert images.model.head_calls() is None  # of no image
+        result = evaluate(real, images, metrics=["contrast"], quiet=True, output=tmp_path / name)
+        assert (result.nfe, result.head_calls) == (4, calls)
+        assert result.made_with["steps"] == (6 if steps == "6" else "linear:hi=6,lo=2")
+    show(result)
+    told = capsys.readouterr().out
+    assert re.search(r"network calls \(NFE\)\W+4\W", told) and re.search(r"calls of the diffusion head\W+24\W", told)
+    rows = [run.row for run in read_runs([tmp_path / "falling", tmp_path / "constant"])[0]]
+    assert [(row["nfe"], row["head_calls"]) for row in rows] == [(4, 15), (4, 24)]
+    html = write_page([tmp_path / "falling", tmp_path / "constant"], tmp_path / "page.html", quiet=True).read_text()
+    table = [re.sub("<[^>]+>", " ", row.split("</tr>")[0]).split() for row in html.split("<tr>")[1:4]]
+    head, falling, constant = table
+    assert head[-2:] == ["head", "calls"] and (falling[-1], constant[-1]) == ("15", "24")
+    assert "head_calls" not in row_of(evaluate(real, real, metrics=["contrast"], quiet=True).model_dump())
 
 
 def test_a_nan_is_left_out_and_named(pipe, real, monkeypatch):

@@ -163,6 +163,7 @@ def test_results_of_eval_run_are_rows(tmp_path):
         ([{"nfe": 1, "steps": 9}, {"nfe": 2, "steps": 1}], 1, "fewer network calls"),
         ([{"steps": 2, "calls_per_step": 2}, {"steps": 3, "calls_per_step": 1}], 2, "fewer network calls"),
         ([{"steps": 2, "cfg": 7}, {"steps": 2, "cfg": 1.5}], 2, "fewer network calls, then lower guidance"),
+        ([{"nfe": 4, "head_calls": 24}, {"nfe": 4, "head_calls": 15}], 2, "then fewer calls of the diffusion head"),
     ],
 )
 def test_ties_are_broken_and_told(more, winner, told):

@@ -18,6 +18,7 @@ from genkit.training.config import TrainConfig, load_config
 from genkit.training.export import export
 from genkit.training.objectives.base import Batch
 from genkit.training.objectives.masked_autoregressive import MaskedAutoregression, MaskedAutoregressionConfig
+from genkit.training.watch import Watch
 
 SMALL = dict(hidden_size=16, num_layers=1, num_heads=2, head_width=16, head_layers=1, buffer_size=2, dropout=0.0)
 MODEL = dict(network="mar", **SMALL)
@@ -146,6 +147,13 @@ def test_what_was_trained_is_a_pipeline_that_draws(toys, tmp_path):
     with trainer.averaged():
         for name, weight in trainer.run.student.network.state_dict().items():
             assert torch.equal(weight, pipe.transformer.state_dict()[name])
+
+
+def test_calls_of_the_head_are_counted_where_a_run_is_watched(toys, tmp_path):
+    changes = dict(model=MODEL, objective=dict(name="masked_autoregressive"), max_train_steps=1, checkpointing_steps=1)
+    toys.run(toys.digits(tmp_path, **changes))
+    (row,) = Watch(tmp_path, "digits", n=20, steps=[3], metrics=["contrast"]).once()
+    assert (row["nfe"], row["head_calls"]) == (16, 16 * 3)  # a token a step
 
 
 def test_pictures_are_learned_as_latents(toys, tmp_path):
