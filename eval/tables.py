@@ -14,7 +14,7 @@ Row = dict[str, Any]
 def read_rows(path: str | Path) -> list[Row]:
     """Rows of a CSV file with a head, of a JSON list of objects or object with such a list as ``rows``, or a result.
 
-    A result of ``genkit eval run --json``, alone or in a list, is a row of its values, its network calls and ``protocol``.
+    A result of ``genkit eval run --json``, alone or in a list, is a row of its values, calls and ``protocol``.
 
     Raises:
         FileNotFoundError: there is no such file.
