@@ -18,8 +18,8 @@ class VQConfig(CodebookConfig):
     """``rule``: codes learn by the codebook loss (``gradient``) or are moving averages of what they stand for (``ema``,
     with ``decay``). ``kmeans_init``: the first batch decides them, by ten rounds of Lloyd's algorithm.
     ``restart_threshold``: a code that stands for fewer vectors a batch, as a moving average, becomes one of the batch's
-    vectors, the least used first and no two the same; 0 is never, 1 to 2 usual. ``init``: ``uniform`` on +-1/K, or ``normal`` with variance 1/D. ``seed``: of
-    these choices.
+    vectors, the least used codes first and no two the same; 0 is never, 1 to 2 usual. ``init``: ``uniform`` on +-1/K,
+    or ``normal`` with variance 1/D. ``seed``: of these choices.
     """
 
     rule: Literal["gradient", "ema"] = "gradient"

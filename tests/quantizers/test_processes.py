@@ -13,6 +13,7 @@ CASES = {
     "ema": ("vq", dict(rule="ema", decay=0.7, init="normal")),
     "k-means": ("vq", dict(rule="ema", kmeans_init=True)),
     "restart": ("vq", dict(rule="ema", restart_threshold=2.0, decay=0.7)),
+    "restart of most": ("vq", dict(rule="ema", restart_threshold=30.0, decay=0.7, codebook_size=64)),
     "restart by gradient": ("vq", dict(restart_threshold=1.0)),
     "entropy": ("vq", dict(init="normal", entropy_weight=0.5, entropy_tau=0.8)),
     "bits": ("lfq", dict(entropy_weight=0.5, entropy_tau=0.8, batch_entropy="bits")),
@@ -29,7 +30,7 @@ class Model(nn.Module):
         with torch.no_grad():
             self.encoder.weight.copy_(torch.arange(12.0).view(4, 3).sin())
             self.encoder.bias.zero_()
-        self.quantizer = make(kind, dim=4, **({} if kind == "lfq" else {"codebook_size": 16}), **settings)
+        self.quantizer = make(kind, dim=4, **({} if kind == "lfq" else {"codebook_size": 16}) | settings)
         self.double()
 
     def forward(self, x):
@@ -39,7 +40,7 @@ class Model(nn.Module):
 
 def train(model, batches, call=None):
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
-    usage = CodeUsage(16)
+    usage = CodeUsage(model.quantizer.codebook_size)
     for x in batches:
         loss, indices = (call or model)(x)
         optimizer.zero_grad()

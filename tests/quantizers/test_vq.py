@@ -114,6 +114,31 @@ def test_restart_with_fewer_vectors_than_dead_codes():
     assert len(quantizer.eval()(z).indices.unique()) == 7
 
 
+@pytest.mark.parametrize("rule", ["gradient", "ema"])
+def test_few_vectors_go_to_the_least_used_codes_and_to_one_each(rule):
+    quantizer = make("vq", dim=3, codebook_size=10, rule=rule, restart_threshold=5.0)
+    used = 0.1 + 0.1 * torch.randperm(10)
+    with torch.no_grad():
+        quantizer.embedding.copy_(100 + torch.arange(30.0).view(10, 3))
+    quantizer.counts.copy_(used)
+    if rule == "ema":
+        quantizer.sums.copy_(quantizer.embedding * used[:, None])
+    z = torch.randn(1, 7, 3)  # which all hit one code, by 0.07 in its average: no place in the order
+    quantizer(z)
+    restarted = (quantizer.embedding < 50).all(1)
+    assert torch.equal(restarted.nonzero().flatten(), used.argsort()[:7].sort().values)
+    assert len(quantizer.embedding[restarted].unique(dim=0)) == 7
+    assert (quantizer.counts[restarted] == 5).all() and (quantizer.counts[~restarted] < 5).all()
+
+
+def test_restarts_fill_a_codebook_larger_than_a_batch():
+    quantizer = make("vq", dim=3, codebook_size=50, rule="ema", restart_threshold=1.0)
+    data = torch.randn(20, 1, 10, 3)
+    for z in data:
+        quantizer(z)
+    assert len(quantizer.eval()(data.view(1, 200, 3)).indices.unique()) >= 45
+
+
 def test_k_means_start():
     centres = 10 * torch.randn(8, 4)
     z = (centres[torch.arange(400) % 8] + 0.01 * torch.randn(400, 4))[None]
