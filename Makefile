@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 SHELL := /bin/bash
 
-.PHONY: help venv demo test test-slow lint bench clean
+.PHONY: help venv demo test test-slow lint bench gpu clean
 
 help:
 	@echo "make demo       train, distil, sample and measure on digits; writes outputs/demo/report.html"
@@ -13,6 +13,7 @@ help:
 	@echo "make test-slow  trainings that reach a published figure"
 	@echo "make lint       ruff, formatting, types"
 	@echo "make bench      every script of benchmarks/, held against its bounds"
+	@echo "make gpu        checks, kernels' tests and measurements on a CUDA device, in one table"
 	@echo "make venv       only create $(VENV); re-created when pyproject.toml changes"
 	@echo "make clean      remove $(VENV) and everything that was built; outputs/ stays"
 
@@ -55,6 +56,9 @@ bench: $(STAMP)
 	@failed=; for script in benchmarks/[a-z]*.py; do \
 		echo "== $$script"; $(BIN)/python $$script --check || failed="$$failed $$script"; \
 	done; test -z "$$failed" || { echo "missed their bounds:$$failed"; exit 1; }
+
+gpu: $(STAMP)
+	@$(BIN)/python benchmarks/gpu/run.py
 
 clean:
 	@rm -rf $(VENV) .typing build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage

@@ -1,27 +1,25 @@
-"""The core on a GPU against the CPU: one script, one table, one JSON file under benchmarks/results.
+"""The core on a GPU against the CPU: largest relative differences.
 
-python tests/gpu/run.py                 on the first CUDA device
-python tests/gpu/run.py --device cpu    the script itself, where there is none (compares the CPU with itself)
+    python tests/gpu/run.py                 on the first CUDA device
+    python tests/gpu/run.py --device cpu    the script itself, where there is none (compares the CPU with itself)
+
+``benchmarks/gpu/run.py`` runs this, the tests of kernels, and all measurements.
 """
 
-import argparse
 import json
 import os
-import re
 import sys
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "gpu"))
 
 import diffusers
 import torch
-from rich.console import Console
-from rich.table import Table
+from _measure import Row, attempt, main
 
-import genkit
 from genkit.denoisers import TwoTime, from_pipeline
 from genkit.guidance import APG, CFG
 from genkit.guidance.hooks import guided
@@ -34,8 +32,6 @@ from genkit.training.build import build
 from genkit.training.config import TrainConfig
 from genkit.training.parts.residuals import directional_derivative, flow_map
 from genkit.training.trainer import Trainer
-
-RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 
 def difference(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -150,39 +146,11 @@ CHECKS: list[tuple[str, Callable[[str], float], float]] = [
 ]
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cuda")
-    device = parser.parse_args().device
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        print("no CUDA device here; --device cpu runs the script against itself", file=sys.stderr)
-        return 2
+def rows(device: str) -> Iterator[Row]:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    rows = []
     for name, check, bound in CHECKS:
-        start = time.perf_counter()
-        try:
-            value, error = check(device), ""
-        except Exception as problem:  # one broken check must not hide the others
-            value, error = float("nan"), f"{type(problem).__name__}: {problem}".splitlines()[0]
-        passed = value <= bound
-        rows.append(dict(check=name, difference=value, bound=bound, passed=passed, error=error))
-        rows[-1]["seconds"] = round(time.perf_counter() - start, 2)
-    label = torch.cuda.get_device_name() if device.startswith("cuda") else "cpu"
-    table = Table(
-        "check", "difference", "at most", "passed", "s", "error", title=f"genkit {genkit.__version__} on {label}"
-    )
-    for row in rows:
-        cells = (row["check"], f"{row['difference']:.1e}", f"{row['bound']:g}", "yes" if row["passed"] else "NO")
-        table.add_row(*cells, f"{row['seconds']:g}", row["error"])
-    Console(width=140).print(table)
-    if label != "cpu":
-        RESULTS.mkdir(exist_ok=True)
-        file = RESULTS / f"gpu_{re.sub(r'[^A-Za-z0-9]+', '-', label).strip('-').lower()}.json"
-        record = {"device": label, "torch": torch.__version__, "diffusers": diffusers.__version__, "checks": rows}
-        file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    return int(not all(row["passed"] for row in rows))
+        yield attempt(name, "", lambda name=name, check=check, bound=bound: Row(name, check(device), "", bound, False))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main("checks", __doc__.splitlines()[0], rows))
