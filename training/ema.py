@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 
 class EMA:
@@ -21,6 +22,9 @@ class EMA:
     def __init__(self, parameters: Mapping[str, Tensor], decays: Sequence[float]):
         self.names = list(parameters)
         self._weights = list(parameters.values())
+        # Shards and whole tensors apart, since an operation on many tensors takes one kind.
+        sharded = [isinstance(p, DTensor) for p in self._weights]
+        self._groups = [[i for i, s in enumerate(sharded) if s is kind] for kind in set(sharded)]
         self.averages = {d: [p.detach().to(torch.float32, copy=True) for p in self._weights] for d in decays}
         self.updates = 0
 
@@ -31,7 +35,8 @@ class EMA:
         weights = [p.detach().float() for p in self._weights]
         for decay, average in self.averages.items():
             weight = 1 - min(decay, (1 + self.updates) / (10 + self.updates))
-            torch._foreach_lerp_(average, weights, weight)
+            for group in self._groups:
+                torch._foreach_lerp_([average[i] for i in group], [weights[i] for i in group], weight)
 
     @contextmanager
     def swapped(self, decay: float | None = None) -> Iterator[None]:

@@ -5,9 +5,6 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file
-
 from genkit._flow_map_files import fuse_lora
 from genkit.denoisers import TwoTime
 from genkit.hub import save_flow_map
@@ -15,6 +12,7 @@ from genkit.training.adapters import base_network, save_lora
 from genkit.training.build import Run, build
 from genkit.training.card import write_card
 from genkit.training.roles import TrainedRole
+from genkit.training.saving import load_averages
 from genkit.training.sharding import is_sharded
 from genkit.training.trainer import Trainer
 
@@ -75,17 +73,7 @@ def save_pipeline(run: Run, folder: Path) -> None:
 def _whole_run(trainer: Trainer, role: TrainedRole) -> Run:
     """The run made anew on this process, with the weights of the last checkpoint: those in memory are shards."""
     config = trainer.run.config
-    folder = config.output_dir / f"checkpoint-{trainer.step}"
     run = build(config)
-    state = dict(run.objective.roles[role.name].module.named_parameters())
-    if role.ema is None:
-        weights = load_file(folder / f"{role.name}.safetensors")
-    else:
-        prefix = f"{config.ema.decays[0]}/"
-        averages = load_file(folder / f"{role.name}.ema.safetensors")
-        weights = {k.removeprefix(prefix): v for k, v in averages.items() if k.startswith(prefix)}
-    with torch.no_grad():
-        for name, parameter in state.items():
-            if name in weights:
-                parameter.copy_(weights[name])
+    folder = config.output_dir / f"checkpoint-{trainer.step}"
+    load_averages(run.objective.roles[role.name].module, folder, role.name, next(iter(config.ema.decays), None))
     return run

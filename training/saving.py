@@ -5,7 +5,8 @@ from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from torch import Tensor
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from genkit.training import checkpoint
 from genkit.training.config import TrainConfig
@@ -20,6 +21,23 @@ logger = logging.getLogger("genkit.training")
 _OPERATIONAL = {"output_dir", "resume", "report_to", "logging_dir", "tracker_project_name", "logging_steps", "health"}
 _OPERATIONAL |= {"checkpointing_steps", "checkpoints_total_limit", "sampling", "evaluation", "dataloader_num_workers"}
 _OPERATIONAL |= {"distill"}
+
+
+def load_averages(module: nn.Module, path: Path, role: str, decay: float | None) -> None:
+    """Put into ``module`` what the checkpoint at ``path`` holds of a role: weights, buffers, and over them the averages
+    of ``decay``, where there are any.
+
+    Raises:
+        OSError, SafetensorError: a file that is missing or not whole.
+    """
+    values = load_file(path / f"{role}.safetensors")
+    averages = path / f"{role}.ema.safetensors"
+    if averages.is_file():
+        prefix = f"{decay}/"
+        values |= {k.removeprefix(prefix): v for k, v in load_file(averages).items() if k.startswith(prefix)}
+    there: dict[str, Tensor] = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    for name, value in values.items():
+        assign(there[name], value)
 
 
 class Saving:

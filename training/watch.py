@@ -11,8 +11,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
 
 from genkit.eval.asked import Asked, matched
 from genkit.eval.directions import better
@@ -24,6 +22,7 @@ from genkit.eval.run import NoImages, evaluate, measure, open_set
 from genkit.training import checkpoint
 from genkit.training.build import Run, build
 from genkit.training.config import TrainConfig
+from genkit.training.saving import load_averages
 from genkit.training.student_images import student_images
 
 logger = logging.getLogger("genkit.training")
@@ -207,7 +206,7 @@ class Watch:
                 run.pipe.to(self.device)
                 run.objective.to(self.device)
                 self._run = (made, run)
-            load_averages(self._run[1], path)
+            load_student(self._run[1], path)
         except (OSError, SafetensorError, checkpoint.CheckpointError) as error:
             if (path / checkpoint.MANIFEST).is_file():
                 raise
@@ -239,7 +238,7 @@ class Watch:
         os.replace(partial, self.run_dir / BEST)
 
 
-def load_averages(run: Run, path: Path) -> None:
+def load_student(run: Run, path: Path) -> None:
     """Put the student's weights of a checkpoint into ``run``, averaged (by the first decay) where it has averages.
 
     Raises:
@@ -250,16 +249,7 @@ def load_averages(run: Run, path: Path) -> None:
     roles = [name for name, role in run.objective.roles.items() if role.trains and role.module is module]
     if not roles:
         raise ValueError(f"objective={run.config.objective.name!r} does not train the network that makes images")
-    weights = load_file(path / f"{roles[0]}.safetensors")
-    averages = path / f"{roles[0]}.ema.safetensors"
-    if averages.is_file():
-        prefix = f"{run.config.ema.decays[0]}/"
-        found = load_file(averages).items()
-        weights |= {name.removeprefix(prefix): value for name, value in found if name.startswith(prefix)}
-    there: dict[str, Tensor] = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    with torch.no_grad():
-        for name, value in weights.items():
-            there[name].copy_(value)
+    load_averages(module, path, roles[0], next(iter(run.config.ema.decays), None))
 
 
 def _read(file: Path) -> list[dict[str, Any]]:

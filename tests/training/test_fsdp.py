@@ -9,16 +9,23 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 import yaml
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from genkit.pipelines import ClassConditionalPipeline
+from genkit.quantizers import make
 from genkit.training import checkpoint, logs, machine, sharding
 from genkit.training.compare import first_difference
+from genkit.training.ema import EMA
 from genkit.training.objectives.base import Phase, Role
+from genkit.training.roles import averaged_buffers
 
 SHARDED = [str(Path(__file__).with_name("fsdp_on_cpu.py"))]
 OBJECTIVE = dict(name="flow_map", loss="lsd", jvp="finite_difference", diagonal_fraction=0.5)
@@ -127,6 +134,42 @@ def test_bf16_computes_by_autocast_on_float32_shards(toys, tmp_path):
 def test_fsdp_that_would_be_ddp_is_refused(toys, tmp_path):
     done = launch(tmp_path, toys.settings(tmp_path / "two"), program=["-m", "genkit.training"])
     assert done.returncode != 0 and "set distributed_type=MULTI_CPU" in done.stderr
+
+
+def _averages(shard=None):
+    """Two updates of averages of weights and of a moving-average codebook, and what the network has after them."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(4, 4), make("vq", dim=4, codebook_size=8, rule="ema"))
+    if shard is not None:
+        shard(module)
+    ema = EMA(dict(module.named_parameters()) | averaged_buffers(module), [0.9])
+    for _ in range(2):
+        with torch.no_grad():
+            for tensor in (*module.parameters(), module[1].embedding):
+                tensor.mul_(1.5)
+        ema.update()
+    return sharding.whole(ema.state_dict()), sharding.whole(module.state_dict())
+
+
+def _in_shards(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    found = _averages(lambda module: fully_shard(module, mesh=init_device_mesh("cpu", (2,))))
+    for k, tensors in enumerate(found):
+        save_file({name: value.contiguous() for name, value in tensors.items()}, f"{folder}/{rank}-{k}.safetensors")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_averages_of_shards_and_of_a_whole_codebook(tmp_path):
+    """A codebook of moving averages lies in no shards, and its averages go beside those that do."""
+    mp.spawn(_in_shards, (str(tmp_path),), nprocs=2)
+    for k, expected in enumerate(_averages()):
+        for rank in range(2):
+            found = load_file(tmp_path / f"{rank}-{k}.safetensors")
+            assert found.keys() == expected.keys()
+            assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 class _Method:

@@ -284,6 +284,29 @@ def test_the_exported_tokenizer_is_baked(tmp_path):
     assert torch.equal(again.student.network.encode(batch().x0).indices, indices)
 
 
+EMA = dict(kind="vq", codebook_size=32, dim=4, rule="ema", decay=0.8, kmeans_init=True, restart_threshold=0.5)
+
+
+@pytest.mark.parametrize("decays", [[0.9, 0.5], []])
+@pytest.mark.parametrize("whole", [False, True])
+def test_an_exported_moving_average_codebook_is_the_trained_one_bit_for_bit(whole, decays, tmp_path, monkeypatch):
+    """Also of a run whose weights lie in shards, which is made anew of its checkpoint."""
+    settings = dict(adversarial=dict(discriminator=PATCH), perceptual=dict(kind="laplacian"))
+    trainer = Trainer(build(config(tmp_path, EMA, settings, ema=dict(decays=decays))), quiet=True)
+    trainer.train()
+    if whole:
+        monkeypatch.setattr("genkit.training.export.is_sharded", lambda parameters: True)
+    pipe = TokenizerPipeline.from_pretrained(export(trainer))
+    with trainer.averaged():
+        network = trainer.run.student.network.eval()
+        codes = network.quantizer.codebook().clone()
+        assert torch.equal(pipe.vqvae.quantizer.codebook(), codes)
+        assert torch.equal(pipe.vqvae.encode(batch().x0).indices, network.encode(batch().x0).indices)
+        for name, value in network.encoder.state_dict().items():
+            assert torch.equal(value, pipe.vqvae.encoder.state_dict()[name]), name
+    assert torch.equal(codes, network.quantizer.codebook()) == (not decays)  # else an average was exported
+
+
 @pytest.mark.parametrize(
     "changes, text",
     [

@@ -94,7 +94,7 @@ def test_a_half_written_line_is_cut_off_and_its_checkpoint_evaluated_again(folde
 def test_what_is_being_written_or_was_deleted_is_left_out(folder, monkeypatch, caplog):
     (folder / "checkpoint-3").mkdir()  # no manifest yet
     (folder / ".writing-checkpoint-5").mkdir()
-    loaded, load = [], watch.load_averages
+    loaded, load = [], watch.load_student
 
     def vanishing(run, path):
         if path.name == "checkpoint-2":
@@ -102,7 +102,7 @@ def test_what_is_being_written_or_was_deleted_is_left_out(folder, monkeypatch, c
         loaded.append(path.name)
         load(run, path)
 
-    monkeypatch.setattr(watch, "load_averages", vanishing)
+    monkeypatch.setattr(watch, "load_student", vanishing)
     new = look(folder, steps=[1]).once()
     assert [r["step"] for r in new] == [4] and loaded == ["checkpoint-2", "checkpoint-4"]
     assert "checkpoint-2 is left out" in caplog.text
