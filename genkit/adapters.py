@@ -1,5 +1,6 @@
-"""Low-rank adapters after training: scaled, and several mixed into one."""
+"""Low-rank adapters after training: scaled, several mixed into one, written into the weights."""
 
+import copy
 import json
 import math
 import re
@@ -10,10 +11,11 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from genkit._files import contiguous, read_tensors, written
-from genkit._flow_map_files import CONFIG_NAME, LORA_METADATA, LORA_NAME
+from genkit._flow_map_files import CONFIG_NAME, LORA_METADATA, LORA_NAME, fuse_lora
+from genkit.denoisers.network import unwrap
 
 _PAIR = re.compile(r"(?P<layer>.+?)\.(?P<side>lora_A|lora\.down|lora_B|lora\.up)\.weight")
 
@@ -30,6 +32,15 @@ class _Layer:
     def ends(self) -> tuple[int, tuple[int, ...]]:
         """Number of outputs, and shape of the inputs: those of the weight beside it."""
         return self.up.shape[0], tuple(self.down.shape[1:])
+
+
+def fused(network: nn.Module) -> nn.Module:
+    """A copy with the LoRA written into the weights; ``network`` itself where it has none."""
+    if not getattr(unwrap(network), "peft_config", None):
+        return network
+    made = copy.deepcopy(unwrap(network))
+    fuse_lora(made)
+    return made
 
 
 def mix_adapters(adapters: Sequence[tuple[str | Path, float]], output: Path, *, scale: float = 1.0) -> Path:

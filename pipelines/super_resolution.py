@@ -1,6 +1,5 @@
 """Pictures enlarged in one call of a network that was trained to, without any text encoder."""
 
-import copy
 import inspect
 from collections.abc import Callable
 from functools import cached_property
@@ -9,10 +8,9 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from genkit._flow_map_files import fuse_lora
 from genkit.denoisers import Condition, Denoiser, from_pipeline
 from genkit.denoisers.flux import Flux
 from genkit.denoisers.network import adapter_of, unwrap
@@ -234,15 +232,6 @@ def unprompted(pipe: Any) -> FixedCondition:
     else:
         condition = Condition()
     return FixedCondition.of(condition)
-
-
-def fused(network: nn.Module) -> nn.Module:
-    """A copy with the LoRA written into the weights; ``network`` itself where it has none."""
-    if not getattr(unwrap(network), "peft_config", None):
-        return network
-    made = copy.deepcopy(unwrap(network))
-    fuse_lora(made)
-    return made
 
 
 def tiled(function: Callable[[Tensor], Tensor], x: Tensor, tile: int | None, overlap: int) -> Tensor:

@@ -1,11 +1,10 @@
 """What was trained, in the form in which it is used and shared."""
 
-import copy
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from genkit._flow_map_files import fuse_lora
+from genkit.adapters import fused
 from genkit.denoisers import TwoTime
 from genkit.hub import save_flow_map
 from genkit.training.adapters import base_network, save_lora
@@ -60,8 +59,7 @@ def save_pipeline(run: Run, folder: Path) -> None:
         parts["scheduler"] = run.objective.scheduler(run.pipe.scheduler)
     if getattr(network, "peft_config", None):
         (name,) = (name for name, part in run.pipe.components.items() if part is network)
-        parts[name] = copy.deepcopy(network)
-        fuse_lora(parts[name])
+        parts[name] = fused(network)
     before = {name: run.pipe.components[name] for name in parts}
     run.pipe.register_modules(**parts)
     try:

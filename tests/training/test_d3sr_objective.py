@@ -10,13 +10,14 @@ import torch
 from numpy.polynomial.hermite_e import hermegauss
 from safetensors.torch import save_file
 
+from genkit.adapters import fused
 from genkit.data import make
 from genkit.denoisers import FunctionDenoiser, from_pipeline
 from genkit.denoisers.base import Condition
 from genkit.interpolants import Trigonometric
 from genkit.networks.discriminator_head import looks_generated, looks_real
 from genkit.networks.fixed_condition import FixedCondition
-from genkit.pipelines.super_resolution import fused, unprompted
+from genkit.pipelines.super_resolution import unprompted
 from genkit.rng import ItemRNG
 from genkit.testing import tiny
 from genkit.training.build import build

@@ -15,8 +15,9 @@ from genkit.rng import ItemRNG
 from genkit.testing import tiny
 from genkit.training.build import build
 from genkit.training.config import TrainConfig
-from genkit.training.objectives._reward import RewardObjective, shared
+from genkit.training.objectives._reward import RewardObjective
 from genkit.training.objectives.align_prop import AlignProp, NormalStart
+from genkit.training.objectives.base import shared
 from genkit.training.objectives.draft import DRaFT
 from genkit.training.objectives.draft_lv import DRaFTLV
 from genkit.training.objectives.drtune import DRTune

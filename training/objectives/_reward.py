@@ -14,7 +14,7 @@ from genkit.guidance.base import Guider
 from genkit.guidance.cfg import CFG
 from genkit.latents import compression
 from genkit.rewards.base import Prompts
-from genkit.rng import ItemRNG, hash_seed
+from genkit.rng import ItemRNG
 from genkit.training.objectives.base import Batch, Loss, Objective, ObjectiveConfig, Phase, Role
 from genkit.training.parts.judge import Clamp, Component, Judge
 from genkit.training.parts.reference import Reference
@@ -217,8 +217,3 @@ class RewardObjective(Objective):
 
     def measures(self, pixels: Tensor, prompts: Prompts | None) -> dict[str, float]:
         return self.judge.measures(((pixels + 1) / 2).clamp(0, 1), prompts)
-
-
-def shared(batch: Batch, rng: ItemRNG) -> ItemRNG:
-    """One row of randomness for the whole batch: that of the training step, the same on every process."""
-    return ItemRNG(hash_seed(rng.seed, *b"step"), [batch.step])

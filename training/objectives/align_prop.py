@@ -7,7 +7,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from genkit.rng import ItemRNG
-from genkit.training.objectives._reward import RewardObjective, RewardObjectiveConfig, shared
+from genkit.training.objectives._reward import RewardObjective, RewardObjectiveConfig
+from genkit.training.objectives.base import shared
 
 
 class NormalStart(BaseModel):

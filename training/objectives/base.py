@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from genkit.denoisers.base import Condition, Denoiser
 from genkit.guidance.base import Guider
 from genkit.rewards.base import Prompts
-from genkit.rng import ItemRNG
+from genkit.rng import ItemRNG, hash_seed
 from genkit.schedulers.flow_map import FlowMapScheduler
 
 
@@ -209,3 +209,8 @@ def drop_condition(batch: Batch, rng: ItemRNG, probability: float) -> tuple[Cond
     if probability == 0 or not batch.condition.values:
         return batch.condition, torch.zeros_like(dropped)
     return batch.condition.drop(dropped), dropped
+
+
+def shared(batch: Batch, rng: ItemRNG) -> ItemRNG:
+    """One row of randomness for the whole batch: that of the training step, the same on every process."""
+    return ItemRNG(hash_seed(rng.seed, *b"step"), [batch.step])

@@ -8,6 +8,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
+from genkit.adapters import fused
 from genkit.denoisers import from_pipeline
 from genkit.denoisers.base import Denoiser
 from genkit.denoisers.flux import Flux
@@ -18,7 +19,6 @@ from genkit.networks.fixed_condition import FixedCondition
 from genkit.perceptual import DISTS, EADISTS, Padding
 from genkit.pipelines.super_resolution import (
     SuperResolutionPipeline,
-    fused,
     restore,
     to_latents,
     unprompted,

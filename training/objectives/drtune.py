@@ -3,7 +3,8 @@
 import torch
 from pydantic import Field, model_validator
 
-from genkit.training.objectives._reward import RewardObjective, RewardObjectiveConfig, shared
+from genkit.training.objectives._reward import RewardObjective, RewardObjectiveConfig
+from genkit.training.objectives.base import shared
 
 
 class DRTuneConfig(RewardObjectiveConfig):

@@ -7,8 +7,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from genkit.training.objectives._reward import RewardObjective, RewardObjectiveConfig, shared
-from genkit.training.objectives.base import Batch, Loss, Phase
+from genkit.training.objectives._reward import RewardObjective, RewardObjectiveConfig
+from genkit.training.objectives.base import Batch, Loss, Phase, shared
 from genkit.training.parts.judge import like
 from genkit.training.parts.leaps import PointLaw, UniformPoints, connect, discount, distance, similarity_weight
 from genkit.training.parts.rollout import Rollout

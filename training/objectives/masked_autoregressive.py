@@ -10,8 +10,7 @@ from torch import Tensor
 from genkit.gaussian_chain import TRAIN_STEPS, GaussianChain, log_variance
 from genkit.masked_autoregressive import MaskedAutoregressive
 from genkit.rng import ItemRNG
-from genkit.training.objectives._reward import shared
-from genkit.training.objectives.base import Batch, Loss, Objective, ObjectiveConfig, Phase, drop_condition
+from genkit.training.objectives.base import Batch, Loss, Objective, ObjectiveConfig, Phase, drop_condition, shared
 
 
 class MaskedAutoregressionConfig(ObjectiveConfig):

@@ -9,12 +9,12 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from genkit.adapters import fused
 from genkit.networks.dino_discriminator import DinoDiscriminator
 from genkit.networks.patch_discriminator import Norm, PatchDiscriminator
 from genkit.networks.tokenizer import Reconstruction
 from genkit.perceptual.laplacian import LaplacianPyramid
 from genkit.perceptual.lpips import LPIPS, Net
-from genkit.pipelines.super_resolution import fused
 from genkit.pipelines.tokenizer import TokenizerPipeline
 from genkit.quantizers.usage import CodeUsage
 from genkit.quantizers.vq import VQ
