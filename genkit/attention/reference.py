@@ -18,26 +18,26 @@ def attention_with_tangent(
     inputs: Inputs, tq: Tensor | None, tk: Tensor | None, tv: Tensor | None, tbias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """``(p v, (p * (t - mu)) v + p tv)`` with ``t = scale (tq k^T + q tk^T) + tbias`` and ``mu = sum p * t``."""
-    dtype = inputs.q.dtype
+    dtype, scale = inputs.q.dtype, inputs.options.scale
     with torch.autocast(inputs.q.device.type, enabled=False):
-        q, k, v = _wide(inputs.q), _wide(inputs.k), _wide(inputs.v)
+        k, v = _wide(inputs.k), _wide(inputs.v)
         p = _probabilities(inputs)
-        t: Tensor | None = None
-        for a, b in ((tq, k), (q, tk)):
-            if a is not None and b is not None:
-                part = _scores(_wide(a), _wide(b)) * inputs.options.scale
-                t = part if t is None else t + part
+        t = None if tq is None else _scores(_wide(tq) * scale, k)
+        if tk is not None:
+            t = _sum(t, _scores(_wide(inputs.q) * scale, _wide(tk)))
         if tbias is not None:
-            t = _wide(tbias) if t is None else t + _wide(tbias)
-        tangent = None
-        if t is not None:
-            tangent = _values(p * (t - (p * t).sum(-1, keepdim=True)), v)
+            t = _sum(t, _wide(tbias).expand_as(p))
+        # p * (t - mu): the Jacobian of softmax is symmetric, so its fused product from the left will do
+        tangent = None if t is None else _values(torch._softmax_backward_data(t, p, -1, p.dtype), v)
         if tv is not None:
-            moved = _values(p, _wide(tv))
-            tangent = moved if tangent is None else tangent + moved
+            tangent = _sum(tangent, _values(p, _wide(tv)))
         o = _values(p, v)
         tangent = torch.zeros_like(o) if tangent is None else tangent
         return o.to(dtype), tangent.to(dtype)
+
+
+def _sum(a: Tensor | None, b: Tensor) -> Tensor:
+    return b if a is None else a + b
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -45,19 +45,17 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _probabilities(inputs: Inputs) -> Tensor:
-    s = _scores(_wide(inputs.q), _wide(inputs.k)) * inputs.options.scale
+    s = _scores(_wide(inputs.q) * inputs.options.scale, _wide(inputs.k))
     if inputs.bias is not None:
         s = s + _wide(inputs.bias)
-    seen = inputs.mask
     if inputs.options.is_causal:
-        causal = torch.ones(s.shape[-2:], dtype=torch.bool, device=s.device).tril()
-        seen = causal if seen is None else seen & causal
-    if seen is not None:
+        seen = torch.ones(s.shape[-2:], dtype=torch.bool, device=s.device).tril()
         s = torch.where(seen, s, float("-inf"))
-    high = s.detach().amax(-1, keepdim=True)  # cancels, so it is a constant
-    e = torch.exp(s - torch.where(high == float("-inf"), 0.0, high))
-    total = e.sum(-1, keepdim=True)
-    return e / torch.where(total == 0, 1.0, total)
+    if inputs.mask is not None:
+        s = torch.where(inputs.mask, s, float("-inf"))
+    if inputs.mask is None and inputs.bias is None:
+        return torch.softmax(s, -1)
+    return torch._safe_softmax(s, -1)  # 0 in rows of -inf, with derivatives
 
 
 def _scores(q: Tensor, k: Tensor) -> Tensor:
