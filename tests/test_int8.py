@@ -1,0 +1,82 @@
+import importlib.util
+
+import pytest
+import torch
+from torch import nn
+
+from genkit import int8
+
+
+def network():
+    torch.manual_seed(0)
+    layers = nn.Sequential(
+        nn.Conv2d(4, 8, 3, padding=1, stride=2), nn.SiLU(), nn.Conv2d(8, 8, 1, groups=2, bias=False), nn.Flatten()
+    )
+    return nn.Sequential(layers, nn.Linear(8 * 16, 10), nn.LayerNorm(10), nn.Linear(10, 3, bias=False)).requires_grad_(
+        False
+    )
+
+
+def test_weights_are_rounded_by_channel():
+    layer = nn.Linear(30, 5).requires_grad_(False)
+    rounded = int8.Int8Linear(layer)
+    scale = layer.weight.abs().amax(1, keepdim=True) / 127
+    torch.testing.assert_close(rounded.weight, (layer.weight / scale).round() * scale)
+    assert (rounded.weight - layer.weight).abs().max() <= scale.max() / 2 + 1e-7
+    assert rounded.values.dtype == torch.int8 and rounded.values.abs().amax(1).eq(127).all()
+
+
+def test_output_is_close_and_memory_a_quarter():
+    exact, small = network(), int8.quantize(network())
+    x = torch.randn(2, 4, 8, 8)
+    torch.testing.assert_close(small(x), exact(x), rtol=0, atol=0.03)
+    assert not torch.equal(small(x), exact(x))
+    bytes_of = [sum(p.numel() * p.element_size() for p in m.parameters()) for m in (exact, small)]
+    assert bytes_of[1] < 0.4 * bytes_of[0]
+    assert small[2].weight.dtype == torch.float32  # norms stay
+
+
+def test_restored_layers_compute_the_same():
+    small = int8.quantize(network())
+    x = torch.randn(2, 4, 8, 8)
+    before = small(x)
+    whole = int8.restore(small)
+    assert not any(isinstance(m, int8.Int8Weight) for m in whole.modules())
+    assert torch.equal(whole(x), before)
+
+
+def test_zero_channels_and_half_precision():
+    layer = nn.Linear(6, 4).requires_grad_(False)
+    layer.weight[1] = 0
+    assert int8.Int8Linear(layer).weight[1].eq(0).all() and int8.Int8Linear(layer).weight.isfinite().all()
+    half = int8.Int8Linear(layer.bfloat16())
+    assert half.weight.dtype == torch.bfloat16 and half(torch.randn(2, 6, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_it_is_saved_and_moved_like_any_module():
+    small, other = int8.quantize(network()), int8.quantize(network())
+    for weight in other.parameters():
+        weight.zero_()
+    other.load_state_dict(small.state_dict())
+    x = torch.randn(2, 4, 8, 8)
+    assert torch.equal(other(x), small(x))
+    assert small.double()(x.double()).dtype == torch.float64
+
+
+def test_bad_input(monkeypatch):
+    with pytest.raises(ValueError, match="quantization='int4'.*Accepted"):
+        int8.quantize(network(), "int4")
+    with pytest.raises(ValueError, match="0.0.weight trains; freeze it"):
+        int8.quantize(network().requires_grad_(True))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install torchao, or take quantization='int8'"):
+        int8.quantize(network(), "torchao")
+
+    class Foreign(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Module()
+            self.inner.weight = nn.Parameter(torch.zeros(3, dtype=torch.int8), requires_grad=False)
+
+    with pytest.raises(ValueError, match=r"the layer inner is quantised by another package \(torch.int8\) and cannot"):
+        int8.restore(Foreign())
