@@ -4,9 +4,11 @@ Beside these, guiders keep the contract that ``BaseGuidance`` has with its subcl
 modular pipelines (``_enabled``, which they read).
 """
 
+import inspect
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from diffusers import ComponentSpec
@@ -14,9 +16,16 @@ from diffusers.configuration_utils import FrozenDict
 from diffusers.guiders import BaseGuidance
 from diffusers.guiders.guider_utils import GuiderOutput
 from diffusers.utils import logging as logging_of_diffusers
+from torch import nn
 
 __all__ = [
     "GuiderOutput",
+    "accepts_backend",
+    "active_backend",
+    "add_backend",
+    "attention_processor",
+    "backend_function",
+    "backend_names",
     "component_names",
     "execution_device",
     "identifier",
@@ -113,3 +122,95 @@ def without_progress_bars(pipe) -> Iterator[None]:
             del pipe._progress_bar_config
         else:
             pipe._progress_bar_config = before
+
+
+def backend_names() -> list[str]:
+    """Of the attention backends that Diffusers' dispatcher knows, with those that were added."""
+    return [member.value for member in _dispatcher().AttentionBackendName]
+
+
+def add_backend(name: str, function: Callable) -> None:
+    """Teach Diffusers' dispatcher an attention backend; what is there already stays.
+
+    ``function`` is called as the dispatcher calls its own, with tensors ``(B, N, H, D)``.
+
+    Raises:
+        RuntimeError: this Diffusers keeps its backends in another way.
+    """
+    dispatcher = _dispatcher()
+    enum, registry = dispatcher.AttentionBackendName, dispatcher._AttentionBackendRegistry
+    if name in (member.value for member in enum):
+        return
+    # The enumeration is closed, and its names are looked up in it, so that it has to be given a member.
+    member = str.__new__(enum, name)
+    member._name_, member._value_ = name.upper(), name
+    enum._member_map_[member._name_] = member
+    enum._value2member_map_[name] = member
+    enum._member_names_.append(member._name_)
+    registry.register(member)(function)
+
+
+def backend_function(name: str) -> tuple[Any, Callable, set[str]]:
+    """An attention backend of the dispatcher: its member, its function, and names of the arguments it takes.
+
+    Hub kernels are downloaded, as Diffusers does it when they are chosen.
+
+    Raises:
+        RuntimeError: a package is missing, with the command that installs it.
+    """
+    dispatcher = _dispatcher()
+    member = dispatcher.AttentionBackendName(name)
+    dispatcher._check_attention_backend_requirements(member)
+    dispatcher._maybe_download_kernel_for_backend(member)
+    function = dispatcher._AttentionBackendRegistry._backends[member]
+    return member, function, set(inspect.signature(function).parameters)
+
+
+@contextmanager
+def active_backend(member: Any) -> Iterator[None]:
+    """Attention that has no backend of its own runs on ``member`` within."""
+    registry = _dispatcher()._AttentionBackendRegistry
+    before = registry._active_backend
+    registry._active_backend = member
+    try:
+        yield
+    finally:
+        registry._active_backend = before
+
+
+def attention_processor(module: nn.Module) -> Any:
+    """The processor of one of Diffusers' attention modules; ``None`` for any other module."""
+    from diffusers.models.attention import AttentionModuleMixin
+    from diffusers.models.attention_processor import Attention, MochiAttention
+
+    return module.processor if isinstance(module, (Attention, AttentionModuleMixin, MochiAttention)) else None
+
+
+def accepts_backend(processor: Any, name: str) -> bool:
+    """Whether a processor that has a backend may be given this one: some were written for one alone."""
+    allowed = getattr(processor, "_SUPPORTED_BACKENDS", None)
+    return allowed is None or name in allowed
+
+
+def _dispatcher() -> Any:
+    """Diffusers' module of attention backends, if it is built as expected."""
+    import diffusers
+    from diffusers.models import attention_dispatch
+
+    enum = getattr(attention_dispatch, "AttentionBackendName", None)
+    registry = getattr(attention_dispatch, "_AttentionBackendRegistry", None)
+    needed = {
+        "AttentionBackendName": (enum, ("_member_map_", "_value2member_map_", "_member_names_")),
+        "_AttentionBackendRegistry": (registry, ("register", "_backends", "_active_backend")),
+        "attention_dispatch": (
+            attention_dispatch,
+            ("_check_attention_backend_requirements", "_maybe_download_kernel_for_backend"),
+        ),
+    }
+    lost = [f"{owner}.{name}" for owner, (part, names) in needed.items() for name in names if not hasattr(part, name)]
+    if lost:
+        raise RuntimeError(
+            f"Diffusers {diffusers.__version__} keeps its attention backends in another way than 0.42.1 does "
+            f"({', '.join(lost)} is not there); install one of the versions that genkit names"
+        )
+    return attention_dispatch

@@ -623,7 +623,11 @@ def watch(
 
 
 @app.command()
-def doctor() -> None:
+def doctor(
+    model: Annotated[
+        Path | None, typer.Option(help="Folder of a pipeline or network: also say where backends reach its attention.")
+    ] = None,
+) -> None:
     """Print versions, devices, attention backends, and what is missing with the command that installs it."""
     from rich.console import Console
     from rich.table import Table
@@ -643,6 +647,9 @@ def doctor() -> None:
     show("Devices", ("device", ""), checks.devices())
     backends = [(name, "yes" if works else "no", remark) for name, works, remark in checks.attention_backends()]
     show("Attention", ("backend", "works", ""), backends)
+    if model is not None:
+        rows = checks.model_attention(model)
+        show(f"Attention of {model}", ("module", "class", "processor", "reached", ""), rows)
     if problem:
         console.print(problem, style="red")
         raise typer.Exit(1)

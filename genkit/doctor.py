@@ -3,6 +3,7 @@
 import importlib.metadata
 import importlib.util
 import platform
+from pathlib import Path
 
 REQUIRED = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "pydantic", "omegaconf")
 # Package -> (import name, what it is for, extra that brings it)
@@ -50,39 +51,62 @@ def devices() -> list[tuple[str, str]]:
 
 
 def attention_backends() -> list[tuple[str, bool, str]]:
-    """``(backend, works here, remark)``: each of torch's kernels is run once on the best device.
+    """``(backend, works here, remark)``: each that :func:`genkit.attention.use` takes is tried on the best device.
 
-    The last row says whether forward-mode derivatives (``jvp: func``) go through attention, which needs ``math``.
+    Ours has two rows, fused and eager. The last row says whether forward-mode derivatives go through attention. Kernels
+    that would be downloaded from the Hub are not tried.
     """
     import torch
-    from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    device = devices()[-1][0] if len(devices()) > 1 else "cpu"
-    dtype = torch.float32 if device == "cpu" else torch.float16
-    q = torch.randn(1, 2, 16, 16, device=device, dtype=dtype)
-    rows = []
-    for backend in (
-        SDPBackend.MATH,
-        SDPBackend.FLASH_ATTENTION,
-        SDPBackend.EFFICIENT_ATTENTION,
-        SDPBackend.CUDNN_ATTENTION,
-    ):
-        name = backend.name.lower().removesuffix("_attention")
+    from genkit import kernels
+    from genkit.attention import probing
+
+    device = torch.device(devices()[-1][0] if len(devices()) > 1 else "cpu")
+    dtype = torch.float32 if device.type == "cpu" else torch.float16
+    where = f"on {device}, {str(dtype).removeprefix('torch.')}"
+
+    def row(name: str, backend: str, mode: kernels.Mode, **asked: bool) -> tuple[str, bool, str]:
         try:
-            with sdpa_kernel(backend):
-                torch.nn.functional.scaled_dot_product_attention(q, q, q)
-            rows.append((name, True, f"torch, on {device}"))
-        except RuntimeError as error:
-            rows.append((name, False, f"torch, on {device}: {str(error).splitlines()[0][:60]}"))
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            torch.func.jvp(
-                lambda x: torch.nn.functional.scaled_dot_product_attention(x, x, x), (q,), (torch.ones_like(q),)
-            )
-        rows.append(("forward mode", True, "jvp: func works through the math backend"))
-    except RuntimeError as error:
-        rows.append(("forward mode", False, f"use jvp: finite_difference ({str(error).splitlines()[0][:60]})"))
-    return rows
+            with kernels.choose(mode):
+                reason = probing.problem(backend, device, dtype, 64, **asked)
+        except (RuntimeError, ValueError) as error:
+            reason = str(error).removeprefix(f"backend={backend!r}: ")
+        return name, reason is None, where if reason is None else f"{where}: {reason}"
+
+    rows = [
+        (name, False, "not tried: it downloads a kernel from the Hub")
+        if name.endswith("_hub")
+        else row(name, name, "auto")
+        for name in probing.names()
+        if name != probing.OURS
+    ]
+    fused = kernels.obstacle(device.type)
+    rows.append(("genkit, fused", False, fused) if fused else row("genkit, fused", probing.OURS, "on"))
+    rows.append(row("genkit, eager", probing.OURS, "off"))
+    return [*rows, row("forward mode", probing.OURS, "auto", tangent=True, gradient=True)]
+
+
+def model_attention(path: Path) -> list[tuple[str, str, str, str, str]]:
+    """``(module, class, processor, how a backend reaches it or "no", remark)`` of a saved pipeline or network.
+
+    Raises:
+        FileNotFoundError: there is no model.
+        ValueError: it is of a kind that neither Diffusers nor Transformers knows.
+    """
+    from diffusers import AutoModel, DiffusionPipeline
+
+    from genkit._diffusers import without_loading_bars
+    from genkit.attention import attention_coverage
+
+    if not path.is_dir():
+        raise FileNotFoundError(f"model={str(path)!r} is not a folder")
+    if not any((path / name).is_file() for name in ("model_index.json", "config.json")):
+        raise FileNotFoundError(f"model={str(path)!r} has neither a model_index.json nor a config.json")
+    with without_loading_bars():
+        whole = (path / "model_index.json").is_file()
+        model = (DiffusionPipeline if whole else AutoModel).from_pretrained(path)
+    coverage = attention_coverage(model)
+    return [(r.name, r.kind, r.processor or "", r.way or "no", r.reason) for r in coverage]
 
 
 def torchvision_problem() -> str | None:
