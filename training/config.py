@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from yaml import YAMLError
 
 from genkit.data.base import Source
+from genkit.quantizers.base import Quantizer
 from genkit.registry import lookup, members, unknown
 from genkit.training.objectives.base import Objective
 
@@ -365,7 +366,8 @@ def _override(config: Any, override: str) -> None:
     """``key=value`` put into ``config``.
 
     A mapping, a section given as a name, and another kind of section replace what is there: the settings of the former
-    kind mean nothing to it. Other optimisers keep the settings, most of which they share.
+    kind mean nothing to it. Other optimisers keep the settings, most of which they share, and other quantizers those
+    that they have as well.
 
     Raises:
         ValueError: a key that leads through what holds no settings.
@@ -378,12 +380,20 @@ def _override(config: Any, override: str) -> None:
     elif last in _KINDS and section and section != "optimizer":
         there = OmegaConf.select(config, section)
         if OmegaConf.is_dict(there) and there.get(last) != value:
-            key, value = section, {last: value}
+            key, value = section, {**_common(section, last, value, there), last: value}
     try:
         OmegaConf.update(config, key, value, merge=False, force_add=True)
     except (TypeError, IndexError, AssertionError) as error:
         reason = str(error).split("\n")[0] or "there is nothing of this name"
         raise ValueError(f"override {override!r}: {reason}") from None
+
+
+def _common(section: str, setting: str, value: Any, there: typing.Mapping[str, Any]) -> dict[str, Any]:
+    """What of ``there`` another quantizer has too, such as ``dim``: it means the same to all of them."""
+    cls = members("genkit.quantizers", Quantizer).get(str(value))
+    if section.rpartition(".")[2] != "quantizer" or setting != "kind" or cls is None:
+        return {}
+    return {k: v for k, v in there.items() if k in cls.Config.model_fields}
 
 
 M = typing.TypeVar("M", bound=BaseModel)
@@ -399,8 +409,16 @@ def validate(model: type[M], values: Any, where: str) -> M:
 
 
 def _line(model: type[BaseModel], error, where: str) -> str:
-    loc, accepted = _settings(model, [str(part) for part in error["loc"]])
+    loc, accepted, sections = _settings(model, [str(part) for part in error["loc"]])
     key = ".".join(filter(None, [where, *loc]))
+    tag, kinds = _kinds_of(sections)
+    if error["type"] == "union_tag_not_found" and kinds:
+        return f"{key}={error['input']!r}: {tag} is missing; accepted are {', '.join(kinds)}"
+    if error["type"] == "union_tag_invalid" and kinds:
+        return unknown(f"{key}.{tag}", error["ctx"]["tag"], kinds)
+    if error["type"] in ("model_type", "model_attributes_type") and sections:
+        choices, how = (kinds, f"as {key}.{tag}=NAME") if kinds else (sections[0].model_fields, "a mapping")
+        return f"{key}={error['input']!r}: expected settings, {how}; accepted are {', '.join(choices)}"
     if error["type"] == "extra_forbidden":
         section = ".".join(filter(None, [where, *loc[:-1]]))
         if section and not accepted:
@@ -412,8 +430,9 @@ def _line(model: type[BaseModel], error, where: str) -> str:
     return f"{key}={error['input']!r}: {message}" if loc else f"{key + ': ' if key else ''}{message}"
 
 
-def _settings(model: type[BaseModel], loc: list[str]) -> tuple[list[str], list[str]]:
-    """Where an error is, as a recipe would say it, and what the section takes that the last part stands in.
+def _settings(model: type[BaseModel], loc: list[str]) -> tuple[list[str], list[str], list[type[BaseModel]]]:
+    """Where an error is, as a recipe would say it, what the section takes that the last part stands in, and the
+    sections that the last part may be.
 
     Pydantic puts the kind of a section that has several (``Field(discriminator=...)``) into the path.
     """
@@ -425,15 +444,26 @@ def _settings(model: type[BaseModel], loc: list[str]) -> tuple[list[str], list[s
             continue
         accepted = list(models[0].model_fields) if models else []
         path.append(part)
-        if i == len(loc) - 1:
-            return path, accepted
         field = models[0].model_fields.get(part) if models else None
         models = [] if field is None else _sections(field.annotation)
-    return path, []
+        if i == len(loc) - 1:
+            return path, accepted, models
+    return path, [], []
 
 
 def _kinds(model: type[BaseModel]) -> set[str]:
     return {str(value) for f in model.model_fields.values() for value in typing.get_args(f.annotation)}
+
+
+def _kinds_of(sections: list[type[BaseModel]]) -> tuple[str, list[str]]:
+    """By which setting sections of several kinds are told apart, and its values; nothing where there is one kind."""
+    for name in sections[0].model_fields if len(sections) > 1 else ():
+        fields = [section.model_fields.get(name) for section in sections]
+        values = [typing.get_args(field.annotation) if field else () for field in fields]
+        every = [v for value in values for v in value]
+        if all(values) and all(isinstance(v, str) for v in every) and len(set(every)) == len(every):
+            return name, every
+    return "", []
 
 
 def _sections(annotation: Any) -> list[type[BaseModel]]:

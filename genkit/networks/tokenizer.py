@@ -102,6 +102,8 @@ class ImageTokenizer(ModelMixin, ConfigMixin):
             raise ValueError(unknown("pad_mode", pad_mode, _PAD_MODES))
         if not isinstance(quantizer, dict):
             raise ValueError(f"quantizer={quantizer!r}: expected its settings, such as {{'kind': 'fsq', ...}}")
+        if "kind" not in quantizer:
+            raise ValueError(f"quantizer={quantizer}: kind is missing; accepted are {', '.join(quantizers.names())}")
         settings = _seeded(quantizer)
         self.register_to_config(quantizer=settings)
         shared = dict(
@@ -275,8 +277,6 @@ class ImageTokenizer(ModelMixin, ConfigMixin):
 
 def _make(settings: dict[str, Any]) -> Quantizer:
     given = dict(settings)
-    if "kind" not in given:
-        raise ValueError(f"quantizer={settings}: kind is missing; accepted are {', '.join(quantizers.names())}")
     return quantizers.make(given.pop("kind"), **given)
 
 

@@ -49,8 +49,8 @@ def test_a_reward_whose_weights_are_not_to_be_had(name):
 
 def test_errors_of_a_model_begin_with_the_cause():
     recipe = CONFIGS / "digits" / "tokenizer_fvq.yaml"
-    with pytest.raises(ValueError, match=r"^model: quantizer 'vq': dim.*\(ImageTokenizer of {"):
-        build(load_config(recipe, ["model.quantizer.kind=vq"]))
+    with pytest.raises(ValueError, match=r"^model: quantizer 'fsq': levels is missing \(ImageTokenizer of {"):
+        build(load_config(recipe, ["model.quantizer.kind=fsq"]))
     with pytest.raises(ValueError, match="model.in_channels=1, model.out_channels=3: must agree"):
         build(load_config(recipe, ["model.out_channels=3"]))
     with pytest.raises(ValueError, match="no such folder: what a run has trained is in OUTPUT_DIR/pipeline"):

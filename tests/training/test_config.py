@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from genkit.training.__main__ import main
+from genkit.training.build import build
 from genkit.training.config import TrainConfig, load_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -176,11 +177,72 @@ def test_a_reward_trains_a_lora_unless_told_otherwise():
         ("objective.perceptual.weight=-2", "^objective.perceptual.weight=-2: Input should be greater than 0"),
         ("model.quantizer=vq", "model.quantizer='vq': expected settings, as model.quantizer.kind=NAME"),
         ("model.quantizer=null", "model.quantizer=None: expected settings"),
+        ("objective.perceptual={weight: 1}", "objective.perceptual=.*: kind is missing; accepted are lpips, laplacian"),
+        ("objective.perceptual.kind=laplace", "objective.perceptual.kind='laplace' is not known; .*'laplacian'"),
+        (
+            "objective.perceptual=lpips",
+            "objective.perceptual='lpips': expected settings, as objective.perceptual.kind",
+        ),
+        (
+            "objective.adversarial.discriminator={num_layers: 2}",
+            "^objective.adversarial.discriminator={'num_layers': 2}: kind is missing; accepted are patch, dino$",
+        ),
+        (
+            "objective.adversarial.discriminator.kind=vgg",
+            "discriminator.kind='vgg' is not known. Acc.*dino, patch",
+        ),
+        ("objective.adversarial.discriminator=patch", "discriminator.kind=NAME; accepted are patch, dino"),
+        (
+            "objective.adversarial=patch",
+            "objective.adversarial='patch': expected settings, a mapping; accepted are",
+        ),
+        ("ema=0.9", "^ema=0.9: expected settings, a mapping; accepted are decays"),
     ],
 )
 def test_sections_of_several_kinds(override, message):
     with pytest.raises(ValueError, match=message):
         load_config(CONFIGS / "digits/tokenizer_fvq.yaml", ["objective.perceptual.kind=laplacian", override])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["kind=vq"], {"codebook_size": 256, "dim": 16, "kind": "vq"}),
+        (["codebook_size=64", "kind=simvq"], {"codebook_size": 64, "dim": 16, "kind": "simvq"}),
+        (["kind=fsq", "levels=[8,6]", "dim=2"], {"dim": 2, "kind": "fsq", "levels": [8, 6]}),
+        (["kind=fvq"], {"kind": "fvq", "codebook_size": 256, "dim": 16, "width": 64}),
+        (["kind=vqq"], {"kind": "vqq"}),  # which is refused when the model is made
+        (
+            ["kind=residual", "depth=2", "quantizer={kind: vq, codebook_size: 8}", "quantizer.kind=ibq"],
+            {"dim": 16, "kind": "residual", "depth": 2, "quantizer": {"codebook_size": 8, "kind": "ibq"}},
+        ),
+    ],
+)
+def test_another_quantizer_keeps_what_it_has_as_well(overrides, expected):
+    config = load_config(CONFIGS / "digits/tokenizer_fvq.yaml", [f"model.quantizer.{text}" for text in overrides])
+    assert config.model.settings["quantizer"] == expected
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("kind=vqq", "model: quantizer.kind='vqq' is not known; did you mean 'vq'"),
+        ("kind=fsq", "model: quantizer 'fsq': levels is missing"),
+        ("codebook_size=0", "model: quantizer 'fvq': codebook_size=0: Input should be greater than or equal to 1"),
+    ],
+)
+def test_a_quantizer_that_cannot_be_made(override, message):
+    with pytest.raises(ValueError, match=message):
+        build(load_config(CONFIGS / "digits/tokenizer_fvq.yaml", [f"model.quantizer.{override}"]))
+
+
+def test_a_quantizer_without_a_kind():
+    """Its settings are told as they were given, without the seed that would be drawn for them."""
+    config = load_config(CONFIGS / "digits/tokenizer_fvq.yaml", ["model.quantizer={dim: 8}"])
+    with pytest.raises(
+        ValueError, match="model: quantizer={'dim': 8}: kind is missing; accepted are fsq, fvq, grouped"
+    ):
+        build(config)
 
 
 def test_a_model_setting_without_default(tmp_path):

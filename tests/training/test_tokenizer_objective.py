@@ -313,7 +313,10 @@ def test_an_exported_moving_average_codebook_is_the_trained_one_bit_for_bit(whol
         (dict(objective=dict(adversarial=dict(discriminator=dict(kind="patch")))), "24 pixels at least; fewer num_lay"),
         (dict(objective=dict(adversarial=dict(lecam_decay=0.9))), "lecam_decay has no effect with lecam_weight=0"),
         (dict(objective=dict(perceptual=dict(kind="lpips"))), "objective.perceptual.backbone is missing"),
-        (dict(objective=dict(perceptual=dict(kind="vgg"))), "'lpips', 'laplacian'"),
+        (
+            dict(objective=dict(perceptual=dict(kind="vgg"))),
+            "perceptual.kind='vgg' is not known. Acc.*laplacian, lpips",
+        ),
         (
             dict(data=dict(name="synthetic", shape=[3, 8, 8])),
             r"data gives samples of shape \(3, 8, 8\), the model takes",
