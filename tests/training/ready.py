@@ -335,6 +335,22 @@ READY: dict[str, list[Case]] = {
             paths=(),
         ),
     ],
+    # Threes become noise.
+    "zoodip": [
+        Case(
+            dict(token="3", num_directions=8, subspace=dict(window=8, release_every=2)),
+            falls=("loss", 0.9),
+            paths=(),
+            run=FAKES | dict(optimizer=dict(name="Adam", lr=0.1, eps=1e-3), max_grad_norm=None),
+        ),
+        Case(
+            dict(token="3", central=True, quantization="none", subspace=dict(window=16, projection="drop_tail")),
+            falls=("loss", 0.9),
+            paths=(),
+            run=FAKES
+            | dict(optimizer=dict(name="Adam", lr=0.1, eps=1e-3), max_grad_norm=None, gradient_accumulation_steps=2),
+        ),
+    ],
 }
 
 # Strategies of reward fine-tuning; one that is not here is tried with its default settings.
