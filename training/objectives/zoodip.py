@@ -12,6 +12,7 @@ from genkit.denoisers.base import Condition, Denoiser
 from genkit.interpolants import DiscreteVP
 from genkit.rng import ItemRNG
 from genkit.training.objectives.base import Batch, Loss, Objective, ObjectiveConfig, Phase, Role, shared
+from genkit.training.parts.losses import wide
 from genkit.training.parts.zeroth_order import Projection, Subspace, estimate
 
 
@@ -129,13 +130,13 @@ class ZOODiP(Objective):
         t, timestep = self._times(rng)
         eps = rng.normal(batch.x0.shape[1:], dtype=batch.x0.dtype)
         z = path.interpolate(batch.x0, eps, t)
-        target = path.target(self.student.prediction_type, batch.x0, eps, t).float()
+        target = wide(path.target(self.student.prediction_type, batch.x0, eps, t))
         asked = self._asked(batch, rng)
 
         def error(theta: Tensor) -> Tensor:
             with self.embedding.at(theta):
                 raw = self.student(z, t, self._condition(asked, batch), timestep=timestep).raw
-            return (raw.float() - target).square().mean()
+            return (wide(raw) - target).square().mean()
 
         theta, n = self.embedding.flat, c.num_directions
         directions = shared(batch, rng).normal((n, len(theta)))[0].to(theta)
