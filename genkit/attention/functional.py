@@ -79,11 +79,16 @@ def attention_with_tangent(
     return reference.attention_with_tangent(inputs, *tangents)
 
 
+def fits(*tensors: Tensor) -> bool:
+    """Whether there is a kernel for as many channels a head."""
+    return all(x.shape[-1] % 8 == 0 and 16 <= x.shape[-1] <= 256 for x in tensors)
+
+
 def _fused(inputs: Inputs) -> bool:
     if inputs.q.dtype not in (torch.float16, torch.bfloat16, torch.float32) or not kernels.fused(inputs.q.device):
         return False
     for name, x in (("q and k", inputs.q), ("v", inputs.v)):
-        if x.shape[-1] % 8 or not 16 <= x.shape[-1] <= 256:
+        if not fits(x):
             raise ValueError(
                 f"{name} have {x.shape[-1]} channels a head; fused attention takes multiples of 8 from 16 to 256: pad "
                 "with zeros and give scale, or take eager attention by GENKIT_KERNELS=off"

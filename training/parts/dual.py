@@ -7,7 +7,6 @@ uses PyTorch's fused derivatives, and records an ordinary graph, which is backpr
 Gradient checkpointing, hooks and autocast work as they do on tensors.
 """
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -15,6 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from genkit.attention import attention_with_tangent
+from genkit.attention.sdpa import scaled_dot_product_attention
 
 
 class NoRule(NotImplementedError):
@@ -211,16 +213,9 @@ def _group_norm(x, groups, weight=None, bias=None, eps=1e-5) -> Dual:
     return y if bias is None else y + bias.view(channels)
 
 
-def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-    if dropout_p or is_causal or enable_gqa:
-        raise NoRule("attention with dropout, causal or grouped is not known to dual numbers")
-    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    scores = torch.matmul(query * scale, key.transpose(-2, -1))
-    if attn_mask is not None:
-        if attn_mask.dtype == torch.bool:
-            attn_mask = torch.zeros_like(attn_mask, dtype=scores.dtype).masked_fill(~attn_mask, -math.inf)
-        scores = scores + attn_mask
-    return torch.matmul(torch.softmax(scores, -1), value)
+def _attention(q, k, v, mask=None, bias=None, is_causal=False, scale=None) -> Dual:
+    (q, tq), (k, tk), (v, tv), (bias, tbias) = map(_parts, (q, k, v, bias))
+    return Dual(*attention_with_tangent(q, k, v, tq, tk, tv, mask, bias, tbias, is_causal, scale))
 
 
 def _einsum(equation, *operands) -> Dual:
@@ -311,7 +306,8 @@ _RULES: dict[str, Callable] = {
     "layer_norm": _layer_norm,
     "rms_norm": _rms_norm,
     "group_norm": _group_norm,
-    "scaled_dot_product_attention": _attention,
+    "attention": _attention,
+    "scaled_dot_product_attention": scaled_dot_product_attention,
     "dropout": _dropout,
 }
 

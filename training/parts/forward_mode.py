@@ -16,6 +16,8 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from genkit import kernels
+from genkit.attention.sdpa import scaled_dot_product_attention
 from genkit.training.parts.dual import NoRule, dual_jvp
 
 logger = logging.getLogger("genkit.training")
@@ -25,7 +27,8 @@ Jvp = Literal["auto", "dual", "func", "finite_difference"]
 
 # By which means each network was found to be differentiable, by what was asked for.
 _FOUND: "WeakKeyDictionary[nn.Module, dict[str, Jvp]]" = WeakKeyDictionary()
-_PLAIN_ATTENTION = (None, "native", "_native_math", "_native_efficient", "_native_cudnn", "_native_flash")
+# PyTorch's own attention is replaced while derivatives are taken, ours has them; those of other packages have none.
+_DIFFERENTIABLE = (None, "genkit", "native", "_native_math", "_native_efficient", "_native_cudnn", "_native_flash")
 
 
 def obstacle(network: nn.Module, how: Exact) -> str | None:
@@ -34,11 +37,10 @@ def obstacle(network: nn.Module, how: Exact) -> str | None:
         name = type(module).__name__
         if module._compiled_call_impl is not None or hasattr(module, "_orig_mod"):
             return f"{name} is compiled; give the network as it was before torch.compile"
-        # PyTorch's own fused attention is replaced while derivatives are taken, that of other packages cannot be.
         processor: Any = getattr(module, "processor", None)
         backend = getattr(processor, "_attention_backend", None)
         backend = getattr(backend, "value", backend)
-        if backend not in _PLAIN_ATTENTION or "xformers" in type(processor).__name__.lower():
+        if backend not in _DIFFERENTIABLE or "xformers" in type(processor).__name__.lower():
             return (
                 f"attention of {name} runs on {backend or type(processor).__name__}, which has no forward mode; call "
                 "set_attention_backend('native'), or disable_xformers_memory_efficient_attention()"
@@ -60,23 +62,25 @@ def exact_jvp(fn: Callable, primals: tuple, tangents: tuple, how: Exact) -> tupl
     """
     if how == "dual":
         return dual_jvp(fn, primals, tangents)
-    with sdpa_kernel(SDPBackend.MATH), _PlainLayerNorm():
+    # What calls PyTorch's attention out of the mode's sight, as torch.nn.MultiheadAttention does, gets the slow one.
+    with sdpa_kernel(SDPBackend.MATH), _Differentiable():
         # Expanded inputs are refused by functorch ("single memory location").
         moved = torch.func.jvp(fn, tuple(p.contiguous() for p in primals), tuple(q.contiguous() for q in tangents))
         return moved[0], moved[1]
 
 
-class _PlainLayerNorm(TorchFunctionMode):
-    """Layer norm in elementary steps: gradients of what forward mode makes of the fused one are wrong.
-
-    PyTorch holds mean and variance constant there, https://github.com/pytorch/pytorch/issues/196700.
-    """
+class _Differentiable(TorchFunctionMode):
+    """Functions of which PyTorch has no forward mode, or a wrong one, by others of the same value."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        return (_layer_norm if func is F.layer_norm else func)(*args, **(kwargs or {}))
+        return _REPLACED.get(func, func)(*args, **(kwargs or {}))
 
 
 def _layer_norm(x: Tensor, normalized_shape, weight=None, bias=None, eps: float = 1e-5) -> Tensor:
+    """In elementary steps: gradients of what forward mode makes of the fused one are wrong.
+
+    PyTorch holds mean and variance constant there, https://github.com/pytorch/pytorch/issues/196700.
+    """
     axes = tuple(range(-len(normalized_shape), 0))
     centred = x - x.mean(axes, keepdim=True)
     y = centred * torch.rsqrt(centred.square().mean(axes, keepdim=True) + eps)
@@ -84,12 +88,18 @@ def _layer_norm(x: Tensor, normalized_shape, weight=None, bias=None, eps: float 
     return y if bias is None else y + bias
 
 
+_REPLACED: dict[Callable, Callable] = {
+    F.layer_norm: _layer_norm,
+    F.scaled_dot_product_attention: scaled_dot_product_attention,
+}
+
+
 def differentiate(
     fn: Callable, primals: tuple, tangents: tuple, how: Jvp, network: nn.Module | None
 ) -> tuple[Tensor, Tensor] | None:
     """As :func:`exact_jvp`; ``None`` where it is left to finite differences.
 
-    ``auto`` decides at the first derivative of ``network``, and says so where it is not the first choice.
+    ``auto`` decides at the first derivative of ``network``, and logs what it chose, and why.
 
     Raises:
         ValueError: ``dual`` or ``func`` for a network that does not allow it, with what to do.
@@ -118,6 +128,13 @@ def differentiate(
         if how != "auto":
             raise ValueError(f"jvp={how!r}: {reasons[0]}, or set objective.jvp=finite_difference")
         found[how], result = "finite_difference", None
-    if reasons:
-        logger.info("jvp=auto differentiates by %s: %s", found[how], "; ".join(reasons))
+    if how == "auto" and (network is not None or reasons):
+        logger.info("jvp=auto differentiates by %s", _choice(found[how], primals[0].device, reasons))
     return result
+
+
+def _choice(way: Jvp, device: torch.device, reasons: list[str]) -> str:
+    why = f": {'; '.join(reasons)}" if reasons else ""
+    if way == "finite_difference":
+        return way + why
+    return f"{way}{why}; attention is {'fused' if kernels.fused(device) else 'eager'}"

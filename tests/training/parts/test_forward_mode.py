@@ -2,18 +2,22 @@
 
 import logging
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from genkit import kernels
+from genkit.attention import attention, autograd
 from genkit.denoisers import TwoTime, from_pipeline, wrap
 from genkit.interpolants import Linear
 from genkit.networks.dit import DiT
 from genkit.training.parts.dual import Dual, NoRule, dual_jvp
 from genkit.training.parts.forward_mode import exact_jvp, obstacle
 from genkit.training.parts.residuals import directional_derivative, flow_map, lagrangian
+from tests.attention import closed_form
 
 F64 = torch.float64
 GENERATOR = torch.Generator()
@@ -23,7 +27,8 @@ def normal(*shape):
     return torch.randn(shape, dtype=F64, generator=GENERATOR)
 
 
-W, BIAS, KERNEL, MATRIX = normal(8), normal(8), normal(4, 8, 3, 3), normal(8, 8)
+W, BIAS, KERNEL, MATRIX, KEYS = normal(8), normal(8), normal(4, 8, 3, 3), normal(8, 8), normal(2, 3, 8, 8)
+SEEN = torch.ones(8, 8, dtype=torch.bool).tril(1)
 
 FUNCTIONS = {
     "layer_norm": (lambda x: F.layer_norm(x, (8,)), (5, 8)),
@@ -39,6 +44,14 @@ FUNCTIONS = {
         lambda x: F.scaled_dot_product_attention(x, x, x, attn_mask=torch.ones(5, 5, dtype=torch.bool).tril()),
         (2, 5, 8),
     ),
+    "causal attention of groups": (
+        lambda x: F.scaled_dot_product_attention(
+            x, x[:, :2, :4].sin(), x[:, :2, :4], is_causal=True, scale=0.7, enable_gqa=True
+        ),
+        (2, 4, 5, 8),
+    ),
+    "attention by a bias": (lambda x: F.scaled_dot_product_attention(KEYS, KEYS, KEYS, x), (2, 3, 8, 8)),
+    "own attention": (lambda x: attention(KEYS, x, x.sin(), SEEN, x.cos()), (2, 3, 8, 8)),
     "linear": (lambda x: F.linear(x, MATRIX, BIAS).tanh(), (5, 8)),
     "conv2d": (lambda x: F.conv2d(x, KERNEL, padding=1).sigmoid(), (2, 8, 5, 5)),
     "interpolate": (lambda x: F.interpolate(x, scale_factor=2.0).cos(), (2, 8, 3, 3)),
@@ -152,6 +165,9 @@ def test_dual_numbers_go_through_diffusers_networks(name, tiny_pipeline):
         assert (p - q).norm() <= rtol * largest
 
 
+FUNCTIONS_OF_KERNELS = ("forward", "tangent", "forward_with_tangent", "backward", "backward_with_tangent")
+
+
 def derive(student, how, fn=None):
     x, t = torch.linspace(-1, 1, 64, dtype=F64).view(1, 1, 8, 8), torch.tensor([0.5], dtype=F64)
 
@@ -165,8 +181,9 @@ def derive(student, how, fn=None):
 def test_auto_takes_what_there_is_and_says_so_once(caplog):
     caplog.set_level(logging.INFO, "genkit.training")
     student = two_times()
-    exact = derive(student, "auto")
-    assert not caplog.records
+    for _ in range(2):
+        exact = derive(student, "auto")
+    assert [r.getMessage() for r in caplog.records] == ["jvp=auto differentiates by dual; attention is eager"]
     assert exact.abs().max() > 0
     for how, prepare, message in (
         ("func", lambda s: torch.special.erfcx, "by func: no derivative of special_erfcx"),
@@ -208,7 +225,11 @@ class FlashProcessor(nn.Module):
     _attention_backend = "flash"
 
 
-def attention(processor):
+class OwnProcessor(nn.Module):
+    _attention_backend = "genkit"
+
+
+def attends_by(processor):
     def change(student):
         student.network.blocks[0].processor = processor()
 
@@ -224,8 +245,8 @@ def compiled(student):
     [
         (compiled, ("dual", "func"), "Block is compiled; give the network as it was before torch.compile"),
         (quantise, ("dual", "func"), "quantised or in shards \\(torch.int8\\)"),
-        (attention(XFormersAttnProcessor), ("dual", "func"), "disable_xformers_memory_efficient_attention"),
-        (attention(FlashProcessor), ("dual", "func"), r"runs on flash.*set_attention_backend\('native'\)"),
+        (attends_by(XFormersAttnProcessor), ("dual", "func"), "disable_xformers_memory_efficient_attention"),
+        (attends_by(FlashProcessor), ("dual", "func"), r"runs on flash.*set_attention_backend\('native'\)"),
         (checkpointed, ("func",), "gradient checkpointing of DiT is on.*switch it off"),
     ],
 )
@@ -239,6 +260,49 @@ def test_what_has_no_forward_mode_is_refused_with_the_remedy(change, hows, messa
     if change is checkpointed:
         assert obstacle(student.module, "dual") is None
         assert torch.equal(derive(student, "dual"), derive(two_times(), "dual"))
+
+
+def test_own_attention_and_that_of_pytorch_are_accepted():
+    student = two_times()
+    expected = derive(student, "dual")
+    attends_by(OwnProcessor)(student)
+    for how in ("dual", "func"):
+        torch.testing.assert_close(derive(student, how), expected, rtol=1e-11, atol=1e-11)
+
+
+def test_attention_that_is_called_inside_of_pytorch_has_forward_mode():
+    layer = nn.MultiheadAttention(8, 2, batch_first=True).double().eval()
+    x, dx = normal(2, 5, 8), normal(2, 5, 8)
+    _, derivative = exact_jvp(lambda x: layer(x, x, x, need_weights=False)[0], (x,), (dx,), "func")
+    h = 1e-5
+    ahead, behind = (layer(y, y, y, need_weights=False)[0] for y in (x + h * dx, x - h * dx))
+    torch.testing.assert_close(derivative, (ahead - behind) / (2 * h), rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("how", ["dual", "func"])
+def test_derivatives_take_the_kernels_where_there_are_some(how, monkeypatch):
+    """With the kernels' formulas in their place."""
+    called = []
+
+    def attend(name):
+        def run(*arguments):
+            called.append(name)
+            return getattr(closed_form, name)(*arguments)
+
+        return run
+
+    monkeypatch.setattr(autograd, "_triton", lambda: SimpleNamespace(**{n: attend(n) for n in FUNCTIONS_OF_KERNELS}))
+    fn, shape = lambda x: F.scaled_dot_product_attention(x, x.sin(), x.cos()), (2, 3, 5, 16)
+    x, dx = normal(*shape).float().requires_grad_(), normal(*shape).float()
+    made = []
+    for which in ("off", "on"):
+        with kernels.choose(which):
+            _, derivative = exact_jvp(fn, (x,), (dx,), how)
+            made.append((derivative, torch.autograd.grad(derivative.square().sum(), x)[0]))
+    for a, b in zip(*made, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    forward = ["forward_with_tangent"] if how == "dual" else ["forward", "tangent"]
+    assert called == [*forward, "backward_with_tangent"]
 
 
 def test_a_function_without_rule_is_refused_with_the_remedy():
