@@ -9,7 +9,7 @@ from torch import Tensor
 
 from genkit.checks import check_integer, check_number
 from genkit.denoisers.base import Condition
-from genkit.gaussian_chain import GaussianChain
+from genkit.gaussian_chain import TRAIN_STEPS, GaussianChain
 from genkit.networks.mar import MAR
 from genkit.rng import ItemRNG
 from genkit.step_annealing import StepAnnealer
@@ -75,7 +75,10 @@ class MARSampling:
         if not isinstance(most, StepAnnealer):
             check_integer("num_inference_steps", most)
         check_integer("max_timestep", self.max_timestep)
-        GaussianChain(most.hi if isinstance(most, StepAnnealer) else most, self.max_timestep)
+        count = most.hi if isinstance(most, StepAnnealer) else most
+        if not 1 <= count <= TRAIN_STEPS:
+            raise ValueError(f"num_inference_steps={most}: accepted are 1 to {TRAIN_STEPS} steps of the head")
+        GaussianChain(count, self.max_timestep)  # refuses a timestep out of range
 
     def annealer(self) -> StepAnnealer:
         """Steps of the head at each step of the transformer."""

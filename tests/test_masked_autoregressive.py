@@ -205,10 +205,13 @@ def test_as_training_draws(model):
     [
         (dict(num_ar_steps=17), "num_ar_steps=17: accepted are 1 to 16, the number of tokens"),
         (dict(num_ar_steps=0), "num_ar_steps=0: accepted are 1 to 16"),
-        (dict(num_inference_steps=0), "num_steps=0: accepted are 1 to 1000"),
+        (dict(num_inference_steps=0), "num_inference_steps=0: accepted are 1 to 1000"),
         (dict(num_inference_steps="linear"), "num_inference_steps='linear': must be an integer"),
         (dict(num_ar_steps=2.5), "num_ar_steps=2.5: must be an integer"),
-        (dict(num_inference_steps=StepAnnealer(2000, 5)), "num_steps=2000: accepted are 1 to 1000"),
+        (
+            dict(num_inference_steps=StepAnnealer(2000, 5)),
+            "num_inference_steps=linear:hi=2000,lo=5: accepted are 1 to 1000",
+        ),
         (dict(max_timestep=1000), "max_timestep=1000"),
         (dict(guidance_scale=-1.0), "guidance_scale=-1.0: must be a number of at least 0"),
         (dict(guidance_scale=math.nan), "guidance_scale=nan"),

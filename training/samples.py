@@ -51,6 +51,11 @@ def check_steps(run: Run, settings: Sampling | Evaluation | Rounds, section: str
             f"{section}.num_inference_steps={settings.num_inference_steps}: {type(run.student.network).__name__} takes "
             "none; leave it out"
         )
+    if isinstance(run.student, Student) and run.student.takes_steps:
+        try:
+            run.pipe.sampling_class(num_inference_steps=settings.num_inference_steps)  # type: ignore[attr-defined]
+        except ValueError as error:
+            raise ValueError(f"{section}.{error}") from None
     if isinstance(run.student, Denoiser):
         known = run.objective.scheduler(run.pipe.scheduler).config.get("trained_times")
         if known and settings.num_inference_steps > len(known):

@@ -356,9 +356,9 @@ def test_steps_of_the_head_that_fall(masked, tmp_path):
         ("2.5", "num_inference_steps='2.5' is not known.*a whole number"),
         ("linear:high=4", "num_inference_steps 'linear': setting='high' is not known.*Accepted: hi, lo"),
         ("linear:hi=4,lo=5", "lo=5, hi=4: accepted are 1 <= lo <= hi"),
-        ("linear:hi=2000", "num_steps=2000: accepted are 1 to 1000"),
+        ("linear:hi=2000", "num_inference_steps=linear:hi=2000,lo=5: accepted are 1 to 1000 steps of the head"),
         ("linear:hi=x", "hi='x': must be an integer"),
-        ("0", "num_steps=0"),
+        ("0", "num_inference_steps=0: accepted are 1 to 1000"),
     ],
 )
 def test_steps_that_a_command_line_cannot_mean(steps, text, masked, tmp_path):

@@ -115,7 +115,7 @@ def test_saved_and_loaded(name, tmp_path, request):
         (dict(class_labels=[0, 1], generator=seeds(1)), "generator has 1 entries for 2 images"),
         (dict(class_labels=0, output_type="png"), "output_type='png'"),
         (dict(class_labels=0, num_ar_steps=5), "num_ar_steps=5: accepted are 1 to 4, the number of tokens"),
-        (dict(class_labels=0, num_inference_steps=0), "num_steps=0"),
+        (dict(class_labels=0, num_inference_steps=0), "num_inference_steps=0"),
         (dict(class_labels=0, guidance_scale=-1), "guidance_scale=-1"),
     ],
 )

@@ -208,6 +208,18 @@ def test_bad_settings(settings, text, toys, tmp_path):
         ).check()
 
 
+def test_steps_that_the_head_cannot_take_are_refused_before_training(toys, tmp_path):
+    for section in (
+        dict(sampling=dict(every=5, num_inference_steps=2000)),
+        dict(evaluation=dict(every=5, num_inference_steps=2000, num_samples=10, extractor="digits")),
+    ):
+        (name,) = section
+        text = f"{name}.num_inference_steps=2000: accepted are 1 to 1000 steps of the head"
+        with pytest.raises(ValueError, match=text):
+            toys.run(toys.digits(tmp_path, model=MODEL, objective=dict(name="masked_autoregressive"), **section))
+        assert not list(tmp_path.glob("checkpoint-*"))
+
+
 @pytest.mark.parametrize(
     "changes, text",
     [
