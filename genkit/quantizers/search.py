@@ -1,17 +1,17 @@
 """Nearest code, without ever holding a distance for every pair of vector and code."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, get_args
+from functools import partial
+from typing import get_args
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from genkit.kernels import fused
+from genkit.quantizers._exact import Codes, Measure
 from genkit.registry import unknown
-
-Measure = Literal["euclidean", "cosine", "dot"]
 
 _BLOCK = 16  # codes that share one bound
 _WIDE = 32  # channels from which on a product in bfloat16 is the quicker
@@ -26,6 +26,8 @@ def nearest_codes(z: Tensor, codebook: Tensor, *, measure: Measure = "euclidean"
     bound does not exceed what was found there: nothing that could be nearest is left out. Vectors that have too many
     such blocks are searched again in the next precision: bfloat16 (on CPUs that multiply it), float32, float64. Memory
     is a copy of the codebook in that precision and ``K / 16`` numbers a vector, of some hundred vectors at a time.
+    On GPUs with Triton (see :mod:`genkit.kernels`) a kernel goes first, which keeps the bounds of the two best codes of
+    each of up to 64 parts of the codebook, and of all others: the answer is the same.
 
     Args:
         z: ``(N, D)``, floating point. For a vector that is not finite the answer is 0.
@@ -49,12 +51,11 @@ def nearest_codes(z: Tensor, codebook: Tensor, *, measure: Measure = "euclidean"
     found = torch.zeros(len(z), dtype=torch.int64, device=z.device)
     todo = z.isfinite().all(1).nonzero().flatten()
     with torch.autocast(z.device.type, enabled=False), _full_precision():
-        for dtype in _precisions(z):
+        for make in _tables(z, codebook, measure, chunk_size):
             if not len(todo):
                 break
-            table = _Table.of(codebook, measure, dtype, -(-chunk_size // _BLOCK) * _BLOCK)
-            rows = todo.split(512 if z.device.type == "cpu" else 4096)
-            answers = torch.cat([table.search(z[some]) for some in rows])
+            table = make()
+            answers = torch.cat([table.search(z[some]) for some in todo.split(table.batch)])
             found[todo] = answers
             todo = todo[answers < 0]
     return found
@@ -69,9 +70,7 @@ class _Table:
     the largest distance of ``c'`` from its rounding.
     """
 
-    codebook: Tensor
-    measure: Measure
-    offset: Tensor
+    codes: Codes
     chunk: int
     operand: Tensor
     start: Tensor
@@ -79,25 +78,28 @@ class _Table:
     length: Tensor
     error: Tensor
 
+    @property
+    def batch(self) -> int:
+        """Vectors of one search."""
+        return 512 if self.operand.device.type == "cpu" else 4096
+
     @classmethod
     def of(cls, codebook: Tensor, measure: Measure, dtype: torch.dtype, chunk: int) -> "_Table":
         work = torch.promote_types(dtype, torch.float32)
         k, d = codebook.shape
-        offset = codebook.new_zeros(d, dtype=work)
-        if measure == "euclidean":  # any vector will do: one near the codes keeps differences of large numbers apart
-            offset = codebook[:: max(1, k // 4096)].to(work).mean(0)
-        parts = 0 if measure != "euclidean" else 3 if dtype == torch.bfloat16 else 1
+        book = Codes.of(codebook, measure, work)
+        parts = 0 if not book.euclidean else 3 if dtype == torch.bfloat16 else 1
         padded = -(-k // _BLOCK) * _BLOCK
         operand = torch.empty(padded, d + parts, dtype=dtype, device=codebook.device)
         # All that stays is made before the loop: between its temporaries it would keep their memory from being reused.
         start, stride = torch.empty(2, padded // _BLOCK, dtype=torch.int64, device=codebook.device)
-        length, error = offset.new_empty(2, padded // _BLOCK)
+        length, error = book.offset.new_empty(2, padded // _BLOCK)
         for begin in range(0, padded, chunk):
             part = operand[begin : begin + chunk]
             codes = codebook[begin : begin + chunk]
             if len(codes) < len(part):  # the last code again, whose index counts
                 codes = torch.cat((codes, codes[-1:].expand(len(part) - len(codes), -1)))
-            codes = (_scaled(codes, measure) - offset).to(work)
+            codes = book.centred(codes)
             part[:, :d] = codes
             square = codes.square().sum(1)
             rest = square.clone()
@@ -113,13 +115,13 @@ class _Table:
             length[blocks], error[blocks] = size.view(_BLOCK, per).amax(0), lost.view(_BLOCK, per).amax(0)
         if not length.isfinite().all() and not codebook.isfinite().all():  # a length may be too large for float32
             raise ValueError("codebook: some values are not finite")
-        return cls(codebook, measure, offset, chunk, operand, start, stride, length, error)
+        return cls(book, chunk, operand, start, stride, length, error)
 
     def search(self, z: Tensor) -> Tensor:
         """Indices ``(N,)``; -1 for vectors that are not sure in this precision."""
         n, d = z.shape
-        dtype, work = self.operand.dtype, self.offset.dtype
-        centred = (z - self.offset).to(work)
+        dtype, work = self.operand.dtype, self.length.dtype
+        centred = (z - self.codes.offset).to(work)
         factor = torch.ones(n, self.operand.shape[1], dtype=dtype, device=z.device)
         factor[:, :d] = -2 * centred  # doubling is exact
         factor = factor.T.contiguous()
@@ -138,56 +140,16 @@ class _Table:
         sums = 2 * (d + 16) * torch.finfo(work).eps
         if dtype != work:  # the product itself was rounded
             least -= torch.finfo(dtype).eps / 2 * (1 + 2**-7) * least.abs()
-        euclidean = self.measure == "euclidean"
         of_block = torch.stack((self.length, self.error, self.length.square()), 1)
-        of_row = torch.stack((2 * lost + 2 * sums * size, 2 * size, torch.full_like(size, sums * euclidean)))
+        of_row = torch.stack((2 * lost + 2 * sums * size, 2 * size, torch.full_like(size, sums * self.codes.euclidean)))
         least.addmm_(of_block, of_row, alpha=-1.001)  # the norms are rounded, too
+        most = len(least) if dtype == torch.float64 else max(4, len(least) // 256)
+        return self.codes.decide(z, least, self._members, size, self.length.amax(), most)
 
-        rows = torch.arange(n, device=z.device)
-        nearest = least.argmin(0)
-        value, index = self._exactly(z, rows, nearest)
-        known = value
-        if euclidean:
-            square = (z.double() - self.offset).square().sum(1)
-            known = value - square + 2.0**-44 * (value + square)
-        tiny = torch.finfo(work).tiny * 2**20 * (1 + size + self.length.amax())
-        known = (known + 2.0**-21 * known.abs() + tiny).to(work)
-        least[nearest, rows] = torch.inf
-        near = (least > known).logical_not_()  # what is not a number counts as near
-        most = len(near) if dtype == torch.float64 else max(4, len(near) // 256)
-        unsure = torch.zeros(n, dtype=torch.bool, device=z.device)
-        if int(near.count_nonzero()) > most * n:  # too many to list
-            unsure = near.sum(0) > most
-            near[:, unsure] = False
-        others, owners = near.nonzero().unbind(1)
-        if len(owners):
-            unsure |= owners.bincount(minlength=n) > most
-            others, owners = others[~unsure[owners]], owners[~unsure[owners]]
-            further, candidates = self._exactly(z, owners, others)
-            best = value.scatter_reduce(0, owners, further, "amin")
-            index = torch.where(value == best, index, len(self.codebook))
-            tied = further == best[owners]
-            index = index.scatter_reduce(0, owners[tied], candidates[tied], "amin")
-        return index.masked_fill(unsure, -1)
-
-    def _exactly(self, z: Tensor, rows: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
-        """The least value and its lowest code, in float64, of block ``blocks[i]`` for vector ``rows[i]``."""
-        values, found = [], []
-        some = max(1, 2**20 // (_BLOCK * z.shape[1]))
-        within = torch.arange(_BLOCK, device=z.device)
-        for row, block in zip(rows.split(some), blocks.split(some), strict=True):
-            members = self.start[block, None] + self.stride[block, None] * within
-            members.clamp_(max=len(self.codebook) - 1)
-            codes, x = _scaled(self.codebook[members], self.measure).double(), z[row, None].double()
-            d = (x - codes).square_().sum(2) if self.measure == "euclidean" else -2 * (x * codes).sum(2)
-            at = d.argmin(1, keepdim=True)
-            values.append(d.gather(1, at)[:, 0])
-            found.append(members.gather(1, at)[:, 0])
-        return torch.cat(values), torch.cat(found)
-
-
-def _scaled(codes: Tensor, measure: Measure) -> Tensor:
-    return F.normalize(codes.double(), dim=-1) if measure == "cosine" else codes
+    def _members(self, rows: Tensor, blocks: Tensor) -> Tensor:
+        within = torch.arange(_BLOCK, device=rows.device)
+        members = self.start[blocks, None] + self.stride[blocks, None] * within
+        return members.clamp_(max=len(self.codes.codebook) - 1)
 
 
 def _distinct(codebook: Tensor) -> Tensor | None:
@@ -203,6 +165,17 @@ def _distinct(codebook: Tensor) -> Tensor | None:
     first = torch.full((distinct,), k, device=codebook.device)
     first.scatter_reduce_(0, inverse, torch.arange(k, device=codebook.device), "amin")
     return first.sort().values
+
+
+def _tables(z: Tensor, codebook: Tensor, measure: Measure, chunk_size: int) -> Iterator[Callable]:
+    """What makes the codebook's form for each search, the quickest first; the last leaves no vector unsure."""
+    if fused(z.device):
+        from genkit.quantizers._triton_search import Tiles
+
+        for digits in (2,) if z.shape[1] <= _WIDE else (1, 2):
+            yield partial(Tiles.of, codebook, measure, digits)
+    for dtype in _precisions(z):
+        yield partial(_Table.of, codebook, measure, dtype, -(-chunk_size // _BLOCK) * _BLOCK)
 
 
 def _precisions(z: Tensor) -> list[torch.dtype]:

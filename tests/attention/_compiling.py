@@ -5,12 +5,13 @@ kernel is defined whether it is interpreted, and the tests' process interprets.
 """
 
 import importlib
+import io
 import json
 import os
 import re
 import subprocess
 import sys
-import tempfile
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,12 @@ def compiled(module: str, cases: list[dict], timeout: float = 600) -> list[dict]
     """``module.launch(**case)`` gives (kernel, its launch's arguments, options); tensors are on the meta device.
 
     Each result is a dict with ``registers`` of a thread, ``spilled`` bytes of a thread, ``shared`` bytes of a block,
-    ``wgmma`` and ``mma`` (instructions of either kind), and ``arch``, which a case names as 80 or 90.
+    ``wgmma`` and ``mma`` (instructions of either kind), ``serialised`` (whether Hopper's dots wait for each other, at a
+    great loss of speed) and ``arch``, which a case names as 80 or 90.
     """
     root = Path(__file__).parents[2]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"TRITON_DEFAULT_FP_FUSION": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
     ran = subprocess.run(
         [sys.executable, "-m", "tests.attention._compiling", module],
         input=json.dumps(cases),
@@ -40,8 +42,8 @@ def compiled(module: str, cases: list[dict], timeout: float = 600) -> list[dict]
     return json.loads(ran.stdout)
 
 
-def compile_one(kernel, arguments: dict, options: dict, arch: int):
-    """The compiled kernel of one launch, specialised as a launch would: alignment by 16, ones, absent tensors."""
+def compile_one(kernel, arguments: dict, options: dict, arch: int) -> dict:
+    """Compiles one launch, specialised as it would be: alignment by 16, ones, absent tensors. Returns what came out."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -56,7 +58,21 @@ def compile_one(kernel, arguments: dict, options: dict, arch: int):
         else:
             signature[parameter.name] = _type(value, (position,), constants, hints)
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=hints)
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    triton.knobs.compilation.always_compile = True  # else there is no log
+    triton.knobs.nvidia.dump_ptxas_log = True
+    with redirect_stdout(io.StringIO()) as log:
+        done = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    said = log.getvalue()
+    spilled = [int(number) for number in re.findall(r"(\d+) bytes spill", said)]
+    return {
+        "registers": int(re.findall(r"Used (\d+) registers", said)[-1]),
+        "spilled": sum(spilled),
+        "shared": done.metadata.shared,
+        "wgmma": len(re.findall(r"wgmma\.mma_async", done.asm["ptx"])),
+        "mma": len(re.findall(r"\smma\.sync", done.asm["ptx"])),
+        "serialised": "wgmma.mma_async instructions are serialized" in said,
+        "asm": done.asm,
+    }
 
 
 def _type(value, path: tuple, constants: dict, hints: dict):
@@ -70,6 +86,7 @@ def _type(value, path: tuple, constants: dict, hints: dict):
     if isinstance(value, torch.Tensor):
         hints[path] = [["tt.divisibility", 16]]
         names = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.uint8: "u8"}
+        names |= {torch.int32: "i32", torch.int64: "i64"}
         return "*" + names[value.dtype]
     if isinstance(value, int):
         if value % 16 == 0:
@@ -78,34 +95,13 @@ def _type(value, path: tuple, constants: dict, hints: dict):
     return "fp32"
 
 
-def usage(kernel) -> dict:
-    """What ``cuobjdump`` of Triton's own tools says of a compiled kernel."""
-    from triton import knobs
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "kernel.cubin")
-        path.write_bytes(kernel.asm["cubin"])
-        said = subprocess.run(
-            [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", path], capture_output=True, text=True, check=True
-        ).stdout
-    found = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", said)}
-    ptx = kernel.asm["ptx"]
-    return {
-        "registers": found["REG"],
-        "spilled": found["STACK"] + found["LOCAL"],
-        "shared": kernel.metadata.shared,
-        "wgmma": len(re.findall(r"wgmma\.mma_async", ptx)),
-        "mma": len(re.findall(r"\smma\.sync", ptx)),
-        "asynchronous_copies": len(re.findall(r"cp\.async\.c[ag]", ptx)),
-    }
-
-
 def main() -> None:
     launch = importlib.import_module(sys.argv[1]).launch
     results = []
     for case in json.load(sys.stdin):
         kernel, arguments, options = launch(**case)
-        results.append({**case, **usage(compile_one(kernel, arguments, options, case["arch"]))})
+        found = compile_one(kernel, arguments, options, case["arch"])
+        results.append({**case, **{name: x for name, x in found.items() if name != "asm"}})
     print(json.dumps(results))
 
 
