@@ -92,6 +92,20 @@ def test_distance_aware_gradient_is_one_in_the_mean_and_straight_through_when_du
     assert (dull - 1).abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("sharpness", [0.3, 1.0, 5.0])
+def test_distance_aware_gradient_is_that_of_the_smooth_staircase(sharpness):
+    """``g(v) = tanh(b (phi - 1/2)) / (2 tanh(b / 2)) + 1/2`` from one integer to the next, ``phi = v - floor(v)``."""
+
+    def staircase(v):
+        return torch.tanh(sharpness * (v - v.floor().detach() - 0.5)) / (2 * math.tanh(sharpness / 2)) + 0.5
+
+    x, upstream = (torch.randn(2, 500, dtype=torch.float64) * torch.tensor([[4.0], [1.0]])).unbind()
+    ends = staircase(torch.tensor([0.0, 0.5, 1 - 1e-12], dtype=torch.float64))
+    assert ends.tolist() == pytest.approx([0, 0.5, 1], abs=1e-10)
+    found = gradient(lambda x: rounded(x, "dgm", sharpness=sharpness), x, upstream)
+    torch.testing.assert_close(found, gradient(staircase, x, upstream), rtol=1e-12, atol=1e-12)
+
+
 def test_rounding():
     x = torch.tensor([-1.5, -0.5, 0.4, 0.5, 1.5, 2.5], dtype=torch.float64)
     for estimator in ("ste", "dgm"):

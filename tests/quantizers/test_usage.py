@@ -26,6 +26,12 @@ def test_what_a_window_can_show(k, expected):
     assert usage.usage == pytest.approx(expected, abs=0.01)
 
 
+def test_a_window_of_as_many_tokens_as_codes_shows_little():
+    """What is measured while training: 1 - 1/e, however well the codes are used."""
+    usage = CodeUsage(16384).update(torch.randint(16384, (16385,)))
+    assert usage.expected == pytest.approx(0.632, abs=5e-4) and usage.usage == pytest.approx(0.632, abs=0.02)
+
+
 def test_alone_gathering_changes_nothing():
     usage = CodeUsage(4).update(torch.tensor([0, 3]))
     assert usage.gather().counts.tolist() == [1, 0, 0, 1] == usage.counts.tolist()

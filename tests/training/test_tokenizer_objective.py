@@ -128,7 +128,9 @@ def test_each_phase_moves_its_own(loss, tmp_path):
     assert "logits_fake/discriminator" not in keys[1] and "logits_fake/discriminator" in keys[2]
 
 
-def test_a_run_goes_on_from_before_its_discriminator_begins(tmp_path):
+@pytest.mark.parametrize("stop", [2, 4])
+def test_a_run_goes_on_from_before_its_discriminator_begins_and_from_after(stop, tmp_path):
+    """Bit for bit, with codes that are moving averages, batch norm and LeCam's averages in the discriminator."""
     quantizer = dict(kind="vq", codebook_size=16, dim=4, rule="ema", kmeans_init=True, restart_threshold=1)
     settings = dict(adversarial=dict(start=3, lecam_weight=0.05, adaptive=True, discriminator=PATCH))
     make = lambda name, **changes: Trainer(  # noqa: E731
@@ -136,10 +138,11 @@ def test_a_run_goes_on_from_before_its_discriminator_begins(tmp_path):
     )
     make("whole").train()
     for step in make("part").steps():
-        if step == 2:
+        if step == stop:
             break
     torch.manual_seed(9)
     make("part", resume="latest").train()
+    assert (tmp_path / "whole" / logs.FILE).read_bytes() == (tmp_path / "part" / logs.FILE).read_bytes()
     folders = [tmp_path / name / "checkpoint-5" for name in ("whole", "part")]
     files = sorted(p.name for p in folders[0].glob("*.safetensors"))
     assert files == [
