@@ -164,7 +164,7 @@ def _apply(network: nn.Module, name: str, records: Coverage, stack: ExitStack) -
                 stack.callback(delattr, processor, "_attention_backend")
             processor._attention_backend = member
         elif record.way == "rerouted":
-            stack.callback(reroute(record.module, function, member if asks_dispatcher(record.module) else None))
+            stack.callback(reroute(record.module, name, function, member if asks_dispatcher(record.module) else None))
     if any(record.way == "interface" for record in records):
         from genkit.attention.interface import implement
 

@@ -59,8 +59,8 @@ def from_diffusers(name: str, function: Callable, takes: set[str]) -> Callable[.
         enable_gqa: bool = False,
     ) -> Tensor:
         given = {"attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal, "scale": scale}
-        asked = {"attn_mask": attn_mask is not None, "dropout_p": dropout_p > 0, "is_causal": is_causal}
-        for argument, wanted in asked.items():
+        asked = (attn_mask is not None, dropout_p > 0, is_causal, scale is not None)
+        for argument, wanted in zip(given, asked, strict=True):
             if wanted and argument not in takes:
                 raise ValueError(f"attention backend {name!r} has no {argument}; choose 'native' or 'genkit'")
         given = {argument: value for argument, value in given.items() if argument in takes}

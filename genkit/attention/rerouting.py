@@ -17,34 +17,40 @@ from torch.overrides import TorchFunctionMode
 from genkit import _diffusers
 
 
-def reroute(module: nn.Module, compute: Callable[..., Tensor], active: Any = None) -> Callable[[], None]:
+def reroute(module: nn.Module, name: str, compute: Callable[..., Tensor], active: Any = None) -> Callable[[], None]:
     """Send a module's attention to ``compute``, which is called as PyTorch's own; return what undoes it.
+
+    ``name`` is that of the backend, which ``rerouted_to`` tells.
 
     ``active`` is the member of Diffusers' dispatcher that is active meanwhile, for code that asks it.
 
-    The undoing raises RuntimeError where the module's class has been changed since.
+    Raises:
+        RuntimeError: something else has changed the module's class since an earlier call; so does the undoing.
     """
     before = type(module)
-    original = getattr(before, "_rerouted_from", before)
-    after = (
-        original
-        if compute is F.scaled_dot_product_attention and active is None
-        else _rerouted(original, compute, active)
-    )
+    changed = f"the class of {before.__name__} was changed after its attention backend; undo the later change first"
+    if rerouted_to(module) is not None and "_rerouted" not in vars(before):
+        raise RuntimeError(changed)
+    original = getattr(before, "_rerouted", (before,))[0]
+    plain = compute is F.scaled_dot_product_attention and active is None
+    after = original if plain else _rerouted(original, name, compute, active)
 
     def undo() -> None:
         if type(module) is not after:
-            raise RuntimeError(
-                f"the class of {after.__name__} was changed after its attention backend; undo the later change first"
-            )
+            raise RuntimeError(changed)
         module.__class__ = before
 
     module.__class__ = after
     return undo
 
 
+def rerouted_to(module: nn.Module) -> str | None:
+    """The backend that a module's own calls of PyTorch's attention are sent to, if they are."""
+    return getattr(type(module), "_rerouted", (None, None))[1]
+
+
 @cache
-def _rerouted(original: type, compute: Callable[..., Tensor], active: Any) -> type:
+def _rerouted(original: type, name: str, compute: Callable[..., Tensor], active: Any) -> type:
     inner = original.forward
 
     @wraps(inner)
@@ -54,8 +60,8 @@ def _rerouted(original: type, compute: Callable[..., Tensor], active: Any) -> ty
         # Up to PyTorch 2.13 a GroupNorm behind it has no forward mode for the strides of tokens made into an image.
         return output.contiguous() if isinstance(output, Tensor) and output.ndim == 4 else output
 
-    names = {"__module__": original.__module__, "__qualname__": original.__qualname__, "_rerouted_from": original}
-    return type(original.__name__, (original,), {"forward": forward, **names})
+    same = {"__module__": original.__module__, "__qualname__": original.__qualname__}
+    return type(original.__name__, (original,), {"forward": forward, "_rerouted": (original, name), **same})
 
 
 class _Answering(TorchFunctionMode):

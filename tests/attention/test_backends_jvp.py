@@ -1,0 +1,87 @@
+"""Networks under ``torch.func.jvp`` with our attention against PyTorch's math attention: value, tangent, gradients."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+from transformers import LlamaModel
+
+from genkit import kernels
+from genkit.attention import sdpa, use
+from tests.attention._networks import NAMES, build
+
+
+class _PlainLayerNorm(TorchFunctionMode):
+    """Gradients of tangents of the fused one are wrong, https://github.com/pytorch/pytorch/issues/196700."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return (_layer_norm if func is F.layer_norm else func)(*args, **(kwargs or {}))
+
+
+def _layer_norm(x, shape, weight=None, bias=None, eps=1e-5):
+    axes = tuple(range(-len(shape), 0))
+    y = (x - x.mean(axes, keepdim=True)) * torch.rsqrt(x.var(axes, correction=0, keepdim=True) + eps)
+    return (y if weight is None else y * weight) + (0 if bias is None else bias)
+
+
+def derivatives(net):
+    """Value, tangent, and gradients of a loss of both to the input and to every weight, by name."""
+    generator = torch.Generator().manual_seed(3)
+    x = net.x.clone().requires_grad_()
+    with _PlainLayerNorm():
+        o, to = torch.func.jvp(net.call, (x,), (torch.randn(x.shape, generator=generator),))
+    weights = [torch.randn(o.shape, generator=generator) for _ in range(2)]
+    loss = (o * weights[0]).sum() + (to * weights[1]).sum()
+    inputs = {"x": x, **dict(net.module.named_parameters())}
+    grads = torch.autograd.grad(loss, list(inputs.values()), allow_unused=True)
+    found = {"value": o.detach(), "tangent": to.detach()}
+    return found | {name: g for name, g in zip(inputs, grads, strict=True) if g is not None}
+
+
+def exact(net):
+    """The same by math attention: PyTorch's, or Transformers', since PyTorch's is nan with padding on the left."""
+    with sdpa_kernel(SDPBackend.MATH):
+        if not isinstance(net.module, LlamaModel):
+            return derivatives(net)
+        net.module.set_attn_implementation("eager")
+        expected = derivatives(net)
+        net.module.set_attn_implementation("sdpa")
+    return expected
+
+
+def assert_same(got, expected, tolerance=1e-5):
+    assert got.keys() == expected.keys() and len(got) > 10
+    for name, right in expected.items():
+        scale = right.norm()
+        if name.endswith("bias"):  # that of keys moves no softmax: its gradient is nothing but rounding
+            scale = torch.maximum(scale, 0.01 * expected.get(name.replace("bias", "weight"), right).norm())
+        error = (got[name] - right).norm()
+        assert error <= tolerance * scale, f"{name}: {error:.1e} of {scale:.1e}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_networks_agree_with_math_attention(tiny_pipeline, name):
+    net = build(name, tiny_pipeline)
+    expected = exact(net)
+    assert expected["tangent"].norm() > 1e-2
+    with use(net.module, tangent=True) as chosen:
+        assert chosen.backend == {"": "genkit"}
+        assert_same(derivatives(net), expected)
+    with pytest.raises(NotImplementedError, match="forward AD"):
+        derivatives(net)
+
+
+@pytest.mark.parametrize("name", ["flux", "llama"])
+def test_networks_agree_with_math_attention_by_kernels(tiny_pipeline, monkeypatch, name):
+    pytest.importorskip("triton")
+    net = build(name, tiny_pipeline)
+    expected = exact(net)
+    fused = []
+    real = sdpa.attention
+    monkeypatch.setattr(sdpa, "attention", lambda *args: fused.append(kernels.fused(args[0].device)) or real(*args))
+    with kernels.choose("on"), use(net.module, "genkit", tangent=True):
+        fused.clear()
+        got = derivatives(net)
+    assert fused == [True] * net.calls
+    assert_same(got, expected)
