@@ -91,7 +91,7 @@ class Sweep:
         self.name = path.parent.name if path.name == "pipeline" and path.parent.name else path.name
         self.pipe = load_pipeline(model, dtype=DTYPES[dtype])
         for i, (lora, scale) in enumerate(loras):
-            self.pipe.load_lora_weights(lora, f"adapter_{i}", scale)
+            self.pipe.load_adapter(lora, f"adapter_{i}", scale)
         self.pipe.to(device)
         self.pipe.set_progress_bar_config(disable=True)
         self.asked = _asked(self.pipe, self.real, n)

@@ -10,9 +10,11 @@ from safetensors.torch import save_file
 
 import genkit
 from genkit._files import contiguous, load_into, local, read_json, read_tensors, written
+from genkit._sara_files import SARA_NAME, SparseAdapter, component, load_sara
 from genkit.denoisers.base import FlowMap
 from genkit.denoisers.network import NetworkDenoiser, from_pipeline
 from genkit.denoisers.two_time import GapEmbedder, TwoTime
+from genkit.sara import sara_layers
 
 CONFIG_NAME = "flow_map_config.json"
 EMBEDDER_NAME = "gap_embedder.safetensors"
@@ -22,7 +24,8 @@ LORA_METADATA = "lora_adapter_metadata"  # Diffusers' key of the adapter's confi
 
 
 def save_flow_map(folder: str | Path, flow_map: TwoTime, *, adapter_name: str | None = None) -> Path:
-    """Write a student: its LoRA (all of its weights where it has none), its gap embedder, and what they belong to.
+    """Write a student: its LoRA or SaRA (all of its weights where it has none), its gap embedder, and what they belong
+    to.
 
     The LoRA is a Diffusers LoRA file, with its ``lora_alpha``: ``pipe.load_lora_weights(folder)`` takes it, without the
     gap embedder. A file is replaced only once its successor is whole.
@@ -46,12 +49,14 @@ def save_flow_map(folder: str | Path, flow_map: TwoTime, *, adapter_name: str | 
         "prediction_type": flow_map.denoiser.prediction_type,
         "interpolant": type(flow_map.interpolant).__name__,
         "gap_embedder": {k: v for k, v in embedder.config.items() if not k.startswith("_")},
-        "weights": LORA_NAME if adapters else NETWORK_NAME,
+        "weights": LORA_NAME if adapters else SARA_NAME if sara_layers(inner) else NETWORK_NAME,
     }
     with written(Path(folder)) as part:
         save_file(contiguous(embedder.state_dict()), part / EMBEDDER_NAME)
         if adapters:
             save_lora_weights(part, inner, adapter_name or adapters[0])
+        elif sara_layers(inner):
+            SparseAdapter.of(inner).save(part)
         else:
             save_file(contiguous(inner.state_dict()), part / NETWORK_NAME)
         (part / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
@@ -63,7 +68,8 @@ def load_flow_map(
 ) -> TwoTime:
     """A student on top of its teacher: ``load_flow_map(pipe, folder)``.
 
-    The teacher's network is changed in place: it gets the LoRA as ``adapter_name`` (or all of the student's weights).
+    The teacher's network is changed in place: it gets the LoRA as ``adapter_name`` (or all of the student's weights, or
+    those that its SaRA changes).
 
     Args:
         target: a pipeline, or the denoiser of a network (:func:`genkit.denoisers.wrap`).
@@ -79,7 +85,7 @@ def load_flow_map(
             f"target={type(target).__name__} holds a network of two times, which is its own flow map; load it with "
             "from_pretrained"
         )
-    folder = local(folder_or_repo_id, [CONFIG_NAME, EMBEDDER_NAME, LORA_NAME, NETWORK_NAME])
+    folder = local(folder_or_repo_id, [CONFIG_NAME, EMBEDDER_NAME, LORA_NAME, SARA_NAME, NETWORK_NAME])
     config = read_json(folder / CONFIG_NAME)
     wanted = {
         "_class_name": "TwoTime",
@@ -99,6 +105,8 @@ def load_flow_map(
     flow_map = TwoTime(denoiser, embedder.to(weight.device))  # before anything is changed: it may refuse
     if config.get("weights") == LORA_NAME:
         load_lora(folder / LORA_NAME, denoiser.inner, adapter_name)
+    elif config.get("weights") == SARA_NAME:
+        load_sara(denoiser.inner, folder / SARA_NAME)
     else:
         load_into(denoiser.inner, read_tensors(folder / NETWORK_NAME)[0], folder / NETWORK_NAME)
     return flow_map
@@ -108,16 +116,12 @@ def _class_name(network: Any) -> str:
     return network.config.get("_class_name") or type(network).__name__
 
 
-def _prefix(network: Any) -> str:
-    return "unet" if "UNet" in type(network).__name__ else "transformer"
-
-
 def save_lora_weights(folder: Path, network: Any, adapter_name: str) -> None:
     """The LoRA of ``network`` as ``pytorch_lora_weights.safetensors``, as Diffusers reads it, with its alpha."""
     from diffusers.loaders.lora_base import LoraBaseMixin
     from peft import get_peft_model_state_dict
 
-    prefix = _prefix(network)
+    prefix = component(network)
     # In PEFT's names: Diffusers' older ones (lora.down) know no convolutions, and of a file with both kinds of names it
     # would load these alone.
     layers = get_peft_model_state_dict(network, adapter_name=adapter_name)
@@ -148,7 +152,7 @@ def load_lora(file: Path, network: Any, adapter_name: str) -> None:
 
     if adapter_name in getattr(network, "peft_config", {}):
         raise ValueError(f"adapter_name={adapter_name!r} is taken: the network has {sorted(network.peft_config)}")
-    prefix = _prefix(network) + "."
+    prefix = component(network) + "."
     tensors, header = read_tensors(file)
     strange = sorted(key for key in tensors if not key.startswith(prefix))
     if strange or not tensors:

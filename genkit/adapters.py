@@ -1,4 +1,4 @@
-"""Low-rank adapters after training: scaled, several mixed into one, written into the weights."""
+"""Adapters after training: scaled, several mixed into one, written into the weights."""
 
 import copy
 import json
@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from genkit._files import contiguous, read_tensors, written
 from genkit._flow_map_files import CONFIG_NAME, LORA_METADATA, LORA_NAME, fuse_lora
+from genkit._sara_files import SARA_NAME, SparseAdapter, mixed
 from genkit.denoisers.network import unwrap
+from genkit.sara import merge_sara, sara_layers
 
 _PAIR = re.compile(r"(?P<layer>.+?)\.(?P<side>lora_A|lora\.down|lora_B|lora\.up)\.weight")
 
@@ -35,12 +37,20 @@ class _Layer:
 
 
 def fused(network: nn.Module) -> nn.Module:
-    """A copy with the LoRA written into the weights; ``network`` itself where it has none."""
-    if not getattr(unwrap(network), "peft_config", None):
+    """A copy with the LoRA or SaRA written into the weights; ``network`` itself where it has none."""
+    inner = unwrap(network)
+    if not getattr(inner, "peft_config", None) and not sara_layers(inner):
         return network
-    made = copy.deepcopy(unwrap(network))
-    fuse_lora(made)
+    made = copy.deepcopy(inner)
+    fuse(made)
     return made
+
+
+def fuse(network: nn.Module) -> None:
+    """Write its LoRA or SaRA into the weights of ``network``, and make it one without an adapter."""
+    merge_sara(network)
+    if getattr(network, "peft_config", None):
+        fuse_lora(network)
 
 
 def mix_adapters(adapters: Sequence[tuple[str | Path, float]], output: Path, *, scale: float = 1.0) -> Path:
@@ -49,18 +59,20 @@ def mix_adapters(adapters: Sequence[tuple[str | Path, float]], output: Path, *, 
     Exact, and linear in ``s``: ranks are concatenated, ``A`` of all adapters stacked, ``B`` stacked as ``s_m (alpha_m /
     r_m) B_m``. Averaging ``A`` and ``B`` apart would be another model, with products ``B_1 A_2``. The rank of the
     result is the sum of theirs, with zeros in layers that only some have, and its alpha is its rank. One adapter is
-    scaled.
+    scaled. SaRAs of one base model are mixed likewise: the changes of an entry add up, and ``mix.json`` says how many
+    entries more than one of them changes (``shared``).
 
     Args:
-        adapters: folders with a ``pytorch_lora_weights.safetensors``, as training and Diffusers write it, or such
-            files, each with its ``s``.
-        output: a folder to make; ``pipe.load_lora_weights`` takes it.
+        adapters: folders with a ``pytorch_lora_weights.safetensors``, as training and Diffusers write it, or with a
+            ``sara_weights.safetensors``, or such files, each with its ``s``.
+        output: a folder to make; ``pipe.load_lora_weights`` takes it, of SaRAs ``load_adapter`` of genkit's pipelines.
         scale: of the whole.
 
     Raises:
         FileNotFoundError: no such adapter.
-        ValueError: adapters of different networks, half a layer, tensors that are no LoRA's, a weight that is not
-            finite, the adapter of a flow map, or an ``output`` that is not empty; nothing is written.
+        ValueError: adapters of different networks, a LoRA and a SaRA, half a layer, tensors that are no LoRA's, a
+            weight that is not finite, the adapter of a flow map, or an ``output`` that is not empty; nothing is
+            written.
 
     Source: Clark et al., "Directly fine-tuning diffusion models on differentiable rewards", arXiv 2309.17400, on
     scaling and mixing.
@@ -73,6 +85,30 @@ def mix_adapters(adapters: Sequence[tuple[str | Path, float]], output: Path, *, 
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"output={str(output)!r} is not empty; choose another folder")
     files = [_file(Path(path)) for path, _ in adapters]
+    weights = [scale * weight for _, weight in adapters]
+    record: dict[str, Any] = {"adapters": [{"path": str(path), "weight": weight} for path, weight in adapters]}
+    record["scale"] = scale
+    sparse = [file.name == SARA_NAME for file in files]
+    if any(sparse) and not all(sparse):
+        raise ValueError(
+            f"{files[sparse.index(True)]} is a SaRA, {files[sparse.index(False)]} a LoRA: no file holds both; load one "
+            "after the other"
+        )
+    if all(sparse):
+        total, record["shared"] = mixed([(SparseAdapter.read(f), w) for f, w in zip(files, weights, strict=True)])
+    else:
+        tensors, settings = _mixed_loras(files, weights)
+    with written(output) as part:
+        if all(sparse):
+            total.save(part)
+        else:
+            save_file(contiguous(tensors), part / LORA_NAME, {"format": "pt", LORA_METADATA: json.dumps(settings)})
+        (part / "mix.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return output
+
+
+def _mixed_loras(files: list[Path], weights: list[float]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the metadata of the sum."""
     read = [_layers(file) for file in files]
     _check(files, read)
     tensors: dict[str, Tensor] = {}
@@ -83,20 +119,12 @@ def mix_adapters(adapters: Sequence[tuple[str | Path, float]], output: Path, *, 
     for network, names in networks.items():
         rank = max(sum(len(layers[name].down) for layers in read if name in layers) for name in names)
         for name in names:
-            parts = [
-                (layers[name], scale * weight)
-                for layers, (_, weight) in zip(read, adapters, strict=True)
-                if name in layers
-            ]
+            parts = [(layers[name], weight) for layers, weight in zip(read, weights, strict=True) if name in layers]
             # PEFT's names alone: of a file that also has Diffusers' older ones, Diffusers would load only a part.
             tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = _stacked(parts, rank)
         targets = sorted(name.removeprefix(f"{network}.") for name in names)
         settings |= {f"{network}.r": rank, f"{network}.lora_alpha": rank, f"{network}.target_modules": targets}
-    record = {"adapters": [{"path": str(path), "weight": weight} for path, weight in adapters], "scale": scale}
-    with written(output) as part:
-        save_file(contiguous(tensors), part / LORA_NAME, {"format": "pt", LORA_METADATA: json.dumps(settings)})
-        (part / "mix.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    return output
+    return tensors, settings
 
 
 def _stacked(parts: list[tuple[_Layer, float]], rank: int) -> tuple[Tensor, Tensor]:
@@ -113,9 +141,9 @@ def _file(path: Path) -> Path:
     if path.is_dir():
         if (path / CONFIG_NAME).is_file():
             raise ValueError(f"{path} holds a flow map, whose second time a LoRA file cannot hold; it cannot be mixed")
-        path = path / LORA_NAME
+        path = path / (SARA_NAME if (path / SARA_NAME).is_file() else LORA_NAME)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is no file; wanted a folder with a {LORA_NAME}, or such a file")
+        raise FileNotFoundError(f"{path} is no file; wanted a folder with a {LORA_NAME} or {SARA_NAME}, or such a file")
     return path
 
 

@@ -180,7 +180,7 @@ def sample_to_folder(
                     "and arguments (--set on a command line), of which guidance_scale is one"
                 )
     for i, (path, scale) in enumerate(loras):
-        pipe.load_lora_weights(path, f"adapter_{i}", scale)
+        pipe.load_adapter(path, f"adapter_{i}", scale)
     if scheduler is not None:
         pipe.register_modules(scheduler=parse_scheduler(scheduler, pipe.scheduler))
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,4 +1,4 @@
-"""LoRAs loaded beside the weights of a pipeline's network, whichever network it is."""
+"""Adapters of a pipeline's network, whichever network it is: LoRAs beside its weights, SaRAs in them."""
 
 import math
 import warnings
@@ -11,6 +11,7 @@ from diffusers.utils import set_weights_and_activate_adapters
 
 from genkit._files import local
 from genkit._flow_map_files import CONFIG_NAME, LORA_NAME, load_lora, unload_lora
+from genkit._sara_files import SARA_NAME, Applied, SparseAdapter
 from genkit.denoisers.network import unwrap
 
 
@@ -25,6 +26,64 @@ class LoraLoading:
     classic: Any
     components: Any
     _loras: Mapping[str, float] = MappingProxyType({})  # their scales
+    _saras: Mapping[str, tuple[SparseAdapter, float]] = MappingProxyType({})
+    _applied: Applied | None = None  # the sum of those
+
+    def load_adapter(self, path: str | Path, adapter_name: str = "default", scale: float = 1.0) -> None:
+        """Load a LoRA (:meth:`load_lora_weights`) or a SaRA (:meth:`load_sara_weights`), whichever is there.
+
+        Raises:
+            FileNotFoundError, ValueError: as there.
+        """
+        file = Path(path)
+        found = file if file.is_file() else local(path, [LORA_NAME, SARA_NAME, CONFIG_NAME]) / SARA_NAME
+        load = self.load_sara_weights if found.name == SARA_NAME and found.is_file() else self.load_lora_weights
+        load(path, adapter_name, scale)
+
+    def load_sara_weights(self, path: str | Path, adapter_name: str = "default", scale: float = 1.0) -> None:
+        """Add ``scale delta`` to the weights that a SaRA was trained on; a call of the network costs what it did.
+
+        Several SaRAs, each of a name of its own, add up, also in the entries that more than one of them changes, and
+        beside LoRAs. A pipeline that is saved has them in its weights.
+
+        Args:
+            path: a folder with a ``sara_weights.safetensors``, as training and ``genkit adapters mix`` write it, such a
+                file, or a repository of the Hub.
+            adapter_name: unused so far.
+            scale: of the change; 0 is the base model.
+
+        Raises:
+            FileNotFoundError: no such adapter.
+            ValueError: a scale that is not finite, a name that is taken, or an adapter of another network or base
+                model; nothing is changed.
+        """
+        if not math.isfinite(scale):
+            raise ValueError(f"scale={scale}: accepted is a finite number")
+        if adapter_name in self._saras:
+            raise ValueError(f"adapter_name={adapter_name!r} is taken: the pipeline has {sorted(self._saras)}")
+        file = Path(path)
+        if not file.is_file():
+            folder = local(path, [SARA_NAME, CONFIG_NAME])
+            if (folder / CONFIG_NAME).is_file():
+                raise ValueError(f"{folder} holds a flow map; load it with FewStepPipeline.load_flow_map")
+            file = folder / SARA_NAME
+        wanted = {**self._saras, adapter_name: (SparseAdapter.read(file), scale)}
+        before, self._applied = self._applied, None
+        if before is not None:
+            before.undo()  # they are added up anew, and are all of the base model
+        try:
+            self._applied = Applied(unwrap(self.network), list(wanted.values()))
+        except ValueError:
+            if before is not None:
+                self._applied = Applied(unwrap(self.network), list(self._saras.values()))
+            raise
+        self._saras = wanted
+
+    def unload_sara_weights(self) -> None:
+        """Take all SaRAs away; the weights are those of before, bit for bit."""
+        if self._applied is not None:
+            self._applied.undo()
+        self._applied, self._saras = None, {}
 
     def load_lora_weights(self, path: str | Path, adapter_name: str = "default", scale: float = 1.0) -> None:
         """Put the update ``scale (alpha / r) B A`` beside every weight that it was trained for.

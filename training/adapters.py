@@ -1,8 +1,8 @@
-"""Low-rank adapters through PEFT."""
+"""Adapters of a network in training: low-rank ones through PEFT, and the smallest weights (SaRA)."""
 
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from genkit._flow_map_files import save_lora_weights
+from genkit._sara_files import SparseAdapter
 from genkit.denoisers import TwoTime
 from genkit.denoisers.base import Denoiser
 from genkit.denoisers.network import unwrap
+from genkit.sara import add_sara, sara_layers, without_sara
 
 # The projections of attention, by how Diffusers' networks and genkit's name them.
 _ATTENTION = (("to_q", "to_k", "to_v", "to_out.0"), ("qkv", "proj"))
@@ -35,6 +37,28 @@ def add_lora(student: Denoiser, settings) -> None:
         ValueError: targets that match no layer.
     """
     _inject(student, settings, "default")
+
+
+def add_selected(student: Denoiser, settings, whole: Sequence[nn.Module] = ()) -> None:
+    """Make the smallest weights the only ones that train (:func:`genkit.sara.add_sara`).
+
+    Args:
+        whole: modules that train whole beside them.
+
+    Raises:
+        ValueError: a threshold that selects nothing or everything; names that match no layer.
+    """
+    try:
+        add_sara(
+            base_network(student),
+            threshold=settings.threshold,
+            num_params=settings.num_params,
+            target_modules=settings.target_modules,
+            exclude_modules=settings.exclude_modules,
+            skip=whole,
+        )
+    except ValueError as error:
+        raise ValueError(f"adapter.{error}") from None
 
 
 def add_adapter(denoiser: Denoiser, name: str, settings) -> None:
@@ -61,8 +85,13 @@ def add_adapter(denoiser: Denoiser, name: str, settings) -> None:
         layer._active_adapter = in_use.get(layer, [])
 
 
+def can_be_switched_off(denoiser: Denoiser) -> bool:
+    """Whether the network has what :func:`without_adapter` leaves out: a LoRA of any name, or a SaRA."""
+    return bool(adapter_names(denoiser) or sara_layers(base_network(denoiser)))
+
+
 def adapter_names(denoiser: Denoiser) -> set[str]:
-    """The adapters that the network has."""
+    """The LoRAs that the network has."""
     return {name for layer in _layers(denoiser) for name in layer._get_available_adapters()}
 
 
@@ -91,7 +120,7 @@ def without_adapter(denoiser: Denoiser) -> Iterator[None]:
     Raises:
         ValueError: a network without adapters; gradients through checkpointed blocks.
     """
-    with _switched(denoiser) as layers:
+    with _switched(denoiser) as layers, without_sara(base_network(denoiser)):
         for layer in layers:
             layer._disable_adapters = True
         yield
@@ -115,8 +144,10 @@ def using(denoiser: Denoiser, name: str) -> Iterator[None]:
 def _switched(denoiser: Denoiser) -> Iterator[list[BaseTunerLayer]]:
     # Not by PEFT's own enable_adapters and set_adapter: these change which weights are trainable.
     layers = _layers(denoiser)
-    if not layers:
-        raise ValueError(f"{type(base_network(denoiser)).__name__} has no adapter; train with adapter.kind=lora")
+    if not can_be_switched_off(denoiser):
+        raise ValueError(
+            f"{type(base_network(denoiser)).__name__} has no adapter; train with adapter.kind=lora or sara"
+        )
     checkpointed = any(getattr(m, "gradient_checkpointing", False) for m in base_network(denoiser).modules())
     if checkpointed and torch.is_grad_enabled():
         raise ValueError(
@@ -129,6 +160,11 @@ def _switched(denoiser: Denoiser) -> Iterator[list[BaseTunerLayer]]:
     finally:
         for layer, disabled, active in before:
             layer._disable_adapters, layer._active_adapter = disabled, active
+
+
+def save_sara(student: Denoiser, folder: Path) -> Path:
+    """Write the SaRA, as the file that genkit's pipelines take by ``load_adapter``."""
+    return SparseAdapter.of(base_network(student)).save(folder)
 
 
 def _layers(denoiser: Denoiser) -> list[BaseTunerLayer]:

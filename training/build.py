@@ -21,8 +21,8 @@ from genkit.denoisers.base import Denoiser, FlowMap
 from genkit.registry import lookup, members, unknown
 from genkit.rng import hash_seed
 from genkit.schedulers.base import PathScheduler
-from genkit.training.adapters import add_lora, base_network
-from genkit.training.config import Model, Named, TrainConfig
+from genkit.training.adapters import add_lora, add_selected, base_network
+from genkit.training.config import Model, Named, Sara, TrainConfig
 from genkit.training.inputs import Inputs, synthetic_settings
 from genkit.training.objectives.base import Objective
 
@@ -61,9 +61,13 @@ def build(config: TrainConfig) -> Run:
         if cls.needs_flow_map and not isinstance(student, FlowMap):
             student = TwoTime(student)  # type: ignore[arg-type]
         student.module.requires_grad_(config.adapter.kind == "full")
-        if config.adapter.kind == "lora":
-            add_lora(student, config.adapter)
-            for embedder in student.embedders() if cls.needs_flow_map else ():  # type: ignore[attr-defined]
+        if config.adapter.kind != "full":
+            embedders = student.embedders() if cls.needs_flow_map else []  # type: ignore[attr-defined]
+            if isinstance(config.adapter, Sara):
+                add_selected(student, config.adapter, embedders)
+            else:
+                add_lora(student, config.adapter)
+            for embedder in embedders:
                 embedder.requires_grad_(True)
         if config.gradient_checkpointing:
             _checkpoint_gradients(student)
@@ -111,7 +115,7 @@ def _student(pipe: DiffusionPipeline, cls: type[Objective], config: TrainConfig)
 
 
 def _round_frozen(parts: list[Any], dtype: torch.dtype) -> None:
-    """Keep what does not train in ``dtype``: whole modules, and all but the LoRA of those that have one."""
+    """Keep what does not train in ``dtype``: whole modules, and all but the adapter of those that have one."""
     # Not the autoencoder: half precision has too few digits for pictures, and float16 overflows in some.
     modules = [
         m

@@ -3,7 +3,7 @@
 import types
 import typing
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -13,6 +13,7 @@ from yaml import YAMLError
 from genkit.data.base import Source
 from genkit.quantizers.base import Quantizer
 from genkit.registry import lookup, members, unknown
+from genkit.sara import RankTarget
 from genkit.training.objectives.base import Objective
 
 
@@ -78,7 +79,7 @@ class Model(BaseModel):
 
 
 class Adapter(Section):
-    """Which weights train: all (``full``), or low-rank updates (``lora``) beside the frozen ones.
+    """Which weights train: all (``full``), or low-rank updates (``lora``) beside the frozen ones; or see :class:`Sara`.
 
     What a recipe without this section trains is for the method to say: all of them, but by a reward a LoRA.
 
@@ -89,6 +90,34 @@ class Adapter(Section):
     rank: int = Field(16, ge=1)
     alpha: float = Field(16, gt=0)
     target_modules: list[str] | None = None
+
+
+class Sara(Section):
+    """The smallest weights train, in place (:func:`genkit.sara.add_sara`).
+
+    ``threshold``: those with ``|w|`` below it, 2e-3 where ``num_params`` is not set either: as many of the smallest
+    weights instead. ``target_modules``, ``exclude_modules``: endings of layers' names. ``lambda_rank``: strength of the
+    nuclear norm of the selected weights, or by ``rank_target`` of their change, of one layer a step, drawn at random.
+    ``progressive_ratio``: after this share of the steps only those train on that are still below the threshold;
+    ``null``: all of them to the end.
+    """
+
+    kind: Literal["sara"]
+    threshold: float | None = Field(None, gt=0)
+    num_params: int | None = Field(None, ge=1)
+    target_modules: list[str] | None = None
+    exclude_modules: list[str] = []
+    lambda_rank: float = Field(5e-4, ge=0)
+    rank_target: RankTarget = "weight"
+    progressive_ratio: float | None = Field(0.5, gt=0, lt=1)
+
+    @model_validator(mode="after")
+    def _one_rule(self):
+        if self.threshold is not None and self.num_params is not None:
+            raise ValueError(f"threshold={self.threshold} and num_params={self.num_params} both select; set one")
+        if self.lambda_rank == 0 and "rank_target" in self.model_fields_set:
+            raise ValueError(f"rank_target={self.rank_target!r} needs lambda_rank above 0")
+        return self
 
 
 class Ema(Section):
@@ -207,7 +236,7 @@ class TrainConfig(Section):
     output_dir: Path
     seed: int = 0
     model: Model
-    adapter: Adapter = Adapter()
+    adapter: Annotated[Adapter | Sara, Field(discriminator="kind")] = Adapter()
     teacher: str | None = None
     objective: Named
     data: Named
@@ -247,6 +276,9 @@ class TrainConfig(Section):
         known = members("genkit.training.objectives", Objective)
         if name in known and "adapter" not in values:
             return {**values, "adapter": {"kind": known[name].adapter}}
+        adapter = values.get("adapter") if isinstance(values, dict) else None
+        if isinstance(adapter, dict) and "kind" not in adapter:
+            return {**values, "adapter": {"kind": "full", **adapter}}
         return values
 
     @field_validator("report_to", mode="before")

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from genkit._files import first_line
-from genkit._flow_map_files import fuse_lora
+from genkit.adapters import fuse
 from genkit.denoisers import TwoTime
 from genkit.hub import model_card
 from genkit.pipelines.few_step import FewStepPipeline
@@ -205,8 +205,7 @@ def save(trainer: Trainer, folder: Path) -> None:
         if not isinstance(run.student, TwoTime):
             save_pipeline(run, folder)
             return
-        if run.config.adapter.kind == "lora":
-            fuse_lora(base_network(run.student))
+        fuse(base_network(run.student))
         pipe = FewStepPipeline.from_pipe(
             run.pipe,
             gap_embedder=run.student.network.gap_embedder,

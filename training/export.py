@@ -7,7 +7,7 @@ from typing import Any
 from genkit.adapters import fused
 from genkit.denoisers import TwoTime
 from genkit.hub import save_flow_map
-from genkit.training.adapters import base_network, save_lora
+from genkit.training.adapters import base_network, save_lora, save_sara
 from genkit.training.build import Run, build
 from genkit.training.card import write_card
 from genkit.training.roles import TrainedRole
@@ -20,10 +20,10 @@ def export(trainer: Trainer) -> Path:
     """Write the student with its averaged weights; returns the folder.
 
     A two-time student of a Diffusers network: ``flow_map/``, for :func:`genkit.hub.load_flow_map`. A LoRA: ``lora/``,
-    for ``pipe.load_lora_weights``. Anything else, and whatever a method has a pipeline of its own for: ``pipeline/``, a
-    Diffusers pipeline folder with a model card, and with the LoRA of a network of two times fused, since more was
-    trained than it. Where the student is frozen, the trained role in its place: a folder of its name, for the
-    ``from_pretrained`` of its class.
+    for ``pipe.load_lora_weights``; a SaRA: ``sara/``, for ``load_adapter`` of genkit's pipelines. Anything else, and
+    whatever a method has a pipeline of its own for: ``pipeline/``, a Diffusers pipeline folder with a model card, and
+    with the adapter of a network of two times fused, since more was trained than it. Where the student is frozen, the
+    trained role in its place: a folder of its name, for the ``from_pretrained`` of its class.
     """
     run = trainer.run
     output_dir = run.config.output_dir
@@ -44,22 +44,24 @@ def export(trainer: Trainer) -> Path:
             own.save_pretrained(output_dir / "pipeline")
             write_card(output_dir / "pipeline", run.config)
             return output_dir / "pipeline"
-        if run.config.adapter.kind == "lora" and not run.objective.needs_flow_map:
-            return save_lora(run.student, output_dir / "lora")
+        if run.config.adapter.kind != "full" and not run.objective.needs_flow_map:
+            save = save_lora if run.config.adapter.kind == "lora" else save_sara
+            return save(run.student, output_dir / run.config.adapter.kind)
         save_pipeline(run, output_dir / "pipeline")
         write_card(output_dir / "pipeline", run.config)
     return output_dir / "pipeline"
 
 
 def save_pipeline(run: Run, folder: Path) -> None:
-    """Write the pipeline of the student, with the scheduler that its objective samples it with, and any LoRA fused."""
+    """Write the pipeline of the student, its adapter fused, with the scheduler that its objective samples it with."""
     network = base_network(run.student)
     parts: dict[str, Any] = {}
     if run.pipe.components.get("scheduler") is not None:
         parts["scheduler"] = run.objective.scheduler(run.pipe.scheduler)
-    if getattr(network, "peft_config", None):
+    whole = fused(network)
+    if whole is not network:
         (name,) = (name for name, part in run.pipe.components.items() if part is network)
-        parts[name] = fused(network)
+        parts[name] = whole
     before = {name: run.pipe.components[name] for name in parts}
     run.pipe.register_modules(**parts)
     try:

@@ -94,6 +94,11 @@ def check(made: Accelerator, config: TrainConfig, objective: Objective, phases: 
     """
     if made.distributed_type in _WHOLE:
         return
+    if config.adapter.kind == "sara":
+        raise ValueError(
+            f"{made.distributed_type.value}: adapter.kind=sara writes single entries of whole weights, which it lays "
+            "out anew; train it with DDP (`accelerate launch --multi_gpu`)"
+        )
     name, kind = type(objective).__name__, made.distributed_type.value
     trained = {role for phase in phases for role in phase.trains}
     if len(trained) > 1 or any(phase.backwards > 1 for phase in phases):

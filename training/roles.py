@@ -6,11 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from genkit.training.config import Named, TrainConfig
+from genkit.sara import sara_layers
+from genkit.training.config import Named, Sara, TrainConfig
 from genkit.training.ema import EMA
 from genkit.training.objectives.base import Objective, Phase, Role
 from genkit.training.optimizers import lr_factor, make_optimizer
 from genkit.training.sharding import is_sharded, optimizer_state, whole
+from genkit.training.sparse import SparseTraining
 from genkit.training.zero import Zero
 
 
@@ -38,6 +40,9 @@ class TrainedRole:
         )
         averaged = self.parameters | averaged_buffers(role.module)
         self.ema = EMA(averaged, config.ema.decays) if role.ema and config.ema.decays else None
+        self.sparse: SparseTraining | None = None
+        if isinstance(config.adapter, Sara) and any(s.delta.requires_grad for s in sara_layers(role.module).values()):
+            self.sparse = SparseTraining(role.module, config.adapter, config, self.optimizer)
         self.zero: Zero | None = None  # under DeepSpeed, what has taken over the optimiser
 
     def enable(self, on: bool) -> None:
@@ -45,8 +50,10 @@ class TrainedRole:
         for parameter in self.parameters.values():
             parameter.requires_grad_(on)
 
-    def set_learning_rate(self, step: int) -> float:
-        """Put the optimiser at ``step`` of the schedule; returns the rate (of the first group)."""
+    def begin(self, step: int) -> float:
+        """Put the optimiser, and a SaRA, at ``step`` of their schedules; returns the rate (of the first group)."""
+        if self.sparse is not None:
+            self.sparse.begin(step)
         factor = self._factor(step)
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * factor
@@ -67,6 +74,8 @@ class TrainedRole:
         else:
             if scaler is not None:
                 scaler.unscale_(self.optimizer)
+            if self.sparse is not None:
+                self.sparse.add_gradient()
             norm = self.gradient_norm(limit)
             self.optimizer.step() if scaler is None else scaler.step(self.optimizer)
             self.optimizer.zero_grad(set_to_none=True)
@@ -93,9 +102,11 @@ class TrainedRole:
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Live tensors of a checkpoint by file and name.
 
-        The trained weights, a fully trained network's buffers, and the averages.
+        The trained weights, a fully trained network's buffers and those that ``trained_buffers`` of sub-modules name,
+        and the averages.
         """
         weights: dict[str, Tensor] = {n: p.detach() for n, p in self.parameters.items()}
+        weights |= named_buffers(self.module, "trained_buffers")
         if len(weights) == len(list(self.module.parameters())):
             weights |= persistent_buffers(self.module)
         files = {self.name: weights}
@@ -155,10 +166,15 @@ def averaged_buffers(module: nn.Module) -> dict[str, Tensor]:
     They are learned without a gradient, and belong with averaged weights as averages: the codes of a moving-average
     codebook stand for what an encoder puts out, and an averaged encoder for what it put out on the average.
     """
+    return named_buffers(module, "averaged_buffers")
+
+
+def named_buffers(module: nn.Module, attribute: str) -> dict[str, Tensor]:
+    """The buffers whose names sub-modules have in ``attribute``."""
     names = [
         f"{prefix}.{name}".lstrip(".")
         for prefix, part in module.named_modules()
-        for name in getattr(part, "averaged_buffers", ())
+        for name in getattr(part, attribute, ())
     ]
     return {name: module.get_buffer(name) for name in names}
 

@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
-from diffusers.utils import recurse_remove_peft_layers
-from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 
+from genkit.adapters import fuse
 from genkit.eval.processes import alone
 from genkit.registry import unknown
 from genkit.rng import hash_seed
@@ -203,8 +202,7 @@ class _SelfPlay:
             with torch.no_grad():
                 for name, tensor in load_file(self._folder(n, i) / _BEST).items():
                     weights[name].copy_(tensor)
-            if self.config.adapter.kind == "lora":
-                _merge(base_network(run.student))
+            fuse(base_network(run.student))
             temporary = self._folder(n) / ".writing-promoted"
             save_pipeline(run, temporary)
             shutil.rmtree(self._folder(n) / "promoted", ignore_errors=True)  # of a run killed just after this
@@ -290,14 +288,6 @@ class _SelfPlay:
         if self.machine.is_main_process:
             self.config.output_dir.mkdir(parents=True, exist_ok=True)
             _write(self.config.output_dir / STATE, self.state)
-
-
-def _merge(network: Any) -> None:
-    """Low-rank updates into the weights that they stand beside; the network is then as it was made."""
-    for layer in [m for m in network.modules() if isinstance(m, BaseTunerLayer)]:
-        layer.merge()  # type: ignore[operator]
-    recurse_remove_peft_layers(network)
-    network._hf_peft_config_loaded = False
 
 
 def _write(file: Path, value: Any) -> None:

@@ -156,7 +156,9 @@ class Saving:
 
     def _warn_of_changes(self, before: dict, path: Path) -> None:
         old, new = flatten(before), flatten(self.config.model_dump(mode="json"))
-        if self.config.lr_scheduler.startswith("constant"):  # where the run ends changes nothing before that
+        progressive = getattr(self.config.adapter, "progressive_ratio", None) is not None
+        if self.config.lr_scheduler.startswith("constant") and not progressive:
+            # where the run ends changes nothing before that
             old["max_train_steps"] = new["max_train_steps"]
         changed = [k for k in sorted({*old, *new}) if old.get(k) != new.get(k) and k.split(".")[0] not in _OPERATIONAL]
         if changed and self.accelerator.is_main_process:

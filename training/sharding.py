@@ -11,7 +11,9 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from accelerate.utils.constants import FSDP_SHARDING_STRATEGY
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 
+from genkit.sara import Sara
 from genkit.training.objectives.base import Objective
 
 logger = logging.getLogger("genkit.training")
@@ -90,6 +92,10 @@ def _strategy() -> str:
 def prepare(accelerator: Accelerator, objective: Objective) -> Any:
     """``objective`` ready to train: under FSDP its weights lie in shards from here on."""
     if accelerator.distributed_type != DistributedType.FSDP:
+        # DDP would send a SaRA's places and base, which never differ, with every call.
+        constant = {id(b) for m in objective.modules() if isinstance(m, Sara) for b in m.buffers()}
+        names = [name for name, buffer in objective.named_buffers() if id(buffer) in constant]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(objective, names)
         return accelerator.prepare(objective)
     # accelerate wants an optimiser too, to exchange its weights; ours are made afterwards, over the shards.
     trained = [p for p in objective.parameters() if p.requires_grad]

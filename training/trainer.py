@@ -173,9 +173,7 @@ class Trainer:
         for batch in micro:
             batch.step, batch.total_steps = self.step, self.config.max_train_steps
         self.x0 = micro[0].x0
-        values: dict[str, Tensor | float] = {
-            f"lr/{role.name}": role.set_learning_rate(self.step) for role in self.roles.values()
-        }
+        values: dict[str, Tensor | float] = {f"lr/{role.name}": role.begin(self.step) for role in self.roles.values()}
         phases = self.objective.phases(self.step)
         for phase in phases:
             for repeat in range(phase.repeats):

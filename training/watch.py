@@ -28,7 +28,7 @@ from genkit.training.student_images import student_images
 logger = logging.getLogger("genkit.training")
 
 FILE, BEST = "evaluation.jsonl", "evaluation_best.json"
-_EXPORTS = ("pipeline", "flow_map", "lora")
+_EXPORTS = ("pipeline", "flow_map", "lora", "sara")
 
 
 class Gone(Exception):

@@ -13,7 +13,7 @@ from torch.nn.functional import softplus
 from genkit.denoisers.base import Condition, Denoiser
 from genkit.interpolants import Interpolant
 from genkit.rng import ItemRNG
-from genkit.training.adapters import adapter_names, without_adapter
+from genkit.training.adapters import can_be_switched_off, without_adapter
 from genkit.training.objectives.base import (
     Batch,
     DivergedError,
@@ -81,8 +81,8 @@ class DDO(Objective):
     are the field ``fake`` of the data, samples of the reference in the network's space under the condition of the real
     sample beside them (``data.name=with_fakes``, which ``rounds`` makes).
 
-    The reference is the teacher if the run has one, else the student as it was at the start: a frozen copy, or under
-    LoRA the network without its adapter. At ``student = reference`` the loss is ``(1 + alpha) log 2``.
+    The reference is the teacher if the run has one, else the student as it was at the start: a frozen copy, or the
+    network without its adapter (LoRA, SaRA). At ``student = reference`` the loss is ``(1 + alpha) log 2``.
 
     Raises:
         ValueError: data without fakes, or fakes of another shape.
@@ -100,7 +100,7 @@ class DDO(Objective):
     def __init__(self, config, student: Denoiser, teacher: Denoiser | None = None):
         super().__init__(config, student, teacher)
         self.reference: Any = teacher  # None is the student without its adapter
-        if teacher is None and not adapter_names(student):
+        if teacher is None and not can_be_switched_off(student):
             self.reference = student.with_network(copy.deepcopy(student.network))
             self.reference_module = self.reference.module.requires_grad_(False).eval()
 
@@ -138,7 +138,7 @@ class DDO(Objective):
 
     @contextmanager
     def as_reference(self) -> Iterator[Any]:
-        """The reference, for use within: without gradients, and under LoRA without the student's adapter."""
+        """The reference, for use within: without gradients, and without the student's adapter where it has one."""
         with torch.no_grad(), without_adapter(self.student) if self.reference is None else nullcontext():
             yield self.reference or self.student
 

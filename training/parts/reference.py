@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from genkit.denoisers.base import Denoiser
+from genkit.sara import sara_layers
 from genkit.training.adapters import adapter_names, adapter_weights, add_adapter, base_network, using, without_adapter
 from genkit.training.config import Adapter
 from genkit.training.objectives.base import Role
@@ -21,12 +22,14 @@ class Reference(nn.Module):
     """A student's reference, without a second copy of its weights where it is a LoRA.
 
     ===============  ==============================  ============================================
-    ``decay``        a student that trains whole     a LoRA
+    ``decay``        a student that trains whole     a LoRA (of a SaRA, see below)
     ===============  ==============================  ============================================
     0                the student                     the student
     between          a copy that follows it          a second adapter that follows the first
     1                a copy                          the network with its adapter left out
     ===============  ==============================  ============================================
+
+    A SaRA is left out at 1 as a LoRA is, and between has a copy of the network.
 
     The average follows by ``a <- kappa a + (1 - kappa) w`` after each update, with ``kappa`` on its way from 0 to
     ``decay`` (:func:`genkit.training.parts.apex_targets.next_decay`). Of a two-time LoRA only the adapter has a
@@ -39,10 +42,11 @@ class Reference(nn.Module):
         super().__init__()
         self.student, self.decay = student, decay
         self.lora = "default" in adapter_names(student)
+        self.left_out = decay == 1 and bool(self.lora or sara_layers(base_network(student)))
         self.copy: Denoiser | None = None
         self.held: nn.Module | None = None  # weights of its own
         self._pairs: list[tuple[Tensor, Tensor]] = []  # of each, its own and the student's
-        if decay == 0 or (decay == 1 and self.lora):
+        if decay == 0 or self.left_out:
             return
         if self.lora:
             self.held = self._second_adapter()
@@ -75,11 +79,11 @@ class Reference(nn.Module):
     def network(self) -> Iterator[Denoiser]:
         """The reference to call within; no gradients."""
         with torch.no_grad():
-            if self.copy is not None or not self.lora or self.decay == 0:
-                yield self.copy or self.student
-            elif self.decay == 1:
+            if self.left_out:
                 with without_adapter(self.student):
                     yield self.student
+            elif self.copy is not None or self.decay == 0:
+                yield self.copy or self.student
             else:
                 with using(self.student, NAME):
                     yield self.student
