@@ -16,6 +16,7 @@ from genkit.kernels import interpreted
 
 # In Triton's interpreter numbers in bfloat16 are float32 rounded by hand: its own casts truncate, its dots are garbage.
 INTERPRETED: tl.constexpr = tl.constexpr(interpreted())
+PACKED: tl.constexpr = tl.constexpr(not interpreted() and torch.version.hip is None)  # whether PTX is compiled
 PRECISION: tl.constexpr = tl.constexpr("ieee")  # of float32 dots
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
@@ -154,6 +155,24 @@ def rounded(x, TYPE: tl.constexpr):
     else:
         x = x.to(TYPE)
     return x
+
+
+@triton.jit
+def rounded_sum(x, TYPE: tl.constexpr):
+    """:func:`rounded` and the sums of its rows in float32."""
+    if PACKED and TYPE == tl.bfloat16:  # the compiler rounds one number at a time where the result is used twice
+        short, long = tl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $4, $3; shl.b32 $1, $0, 16; and.b32 $2, $0, 0xffff0000;",
+            "=&r,=&r,=r,r,r",
+            [x],
+            dtype=(tl.bfloat16, tl.float32),
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        short = rounded(x, TYPE)
+        long = short.to(tl.float32)
+    return short, tl.sum(long, 1)
 
 
 @triton.jit

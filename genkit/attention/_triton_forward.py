@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from genkit.attention import _tiles
-from genkit.attention._tiles import LN2, LOG2E, Tile, attended, dot, grid, head, load, place, rounded, scores, store
+from genkit.attention._tiles import LN2, LOG2E, Tile, attended, dot, grid, head, load, place, rounded_sum, scores, store
 from genkit.attention.inputs import Options
 
 # Where lse is known, e = 2^6 p: in float16 fewer of the small ones are subnormal. It cancels.
@@ -102,7 +102,7 @@ def arguments(
         **{name: _tiles.grid_view(x) for name, x in dict(mask=mask, bias=bias, tbias=tbias).items()},
         **dict(M=m, N=n, HEADS=h, GROUP=h // k.shape[1], log2_scale=scale * LOG2E.value, scale=scale),
         **dict(GIVEN=given, TANGENT=with_tangent, MOVES=moves, VALUES=not given or moves or precise),
-        **dict(CAUSAL=options.is_causal, UNIT=unit, ROWS=tile.rows, KEYS=tile.keys),
+        **dict(CAUSAL=options.is_causal, UNIT=unit, WHOLE=n % tile.keys == 0, ROWS=tile.rows, KEYS=tile.keys),
         **dict(D=d, D_LOW=d_low, D_HIGH=d_high, DV=dv, DV_LOW=dv_low, DV_HIGH=dv_high),
     }
     return launched, tile, (o, to, out_lse, mu, o_exact, to_exact)
@@ -127,11 +127,15 @@ def _attend(
     q, k, v, tq, tk, tv, o, to, o_exact, to_exact, lse, mu, mask, bias, tbias,
     M, N, HEADS, GROUP, log2_scale, scale,
     GIVEN: tl.constexpr, TANGENT: tl.constexpr, MOVES: tl.constexpr, VALUES: tl.constexpr, CAUSAL: tl.constexpr,
-    UNIT: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    UNIT: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     D: tl.constexpr, D_LOW: tl.constexpr, D_HIGH: tl.constexpr,
     DV: tl.constexpr, DV_LOW: tl.constexpr, DV_HIGH: tl.constexpr,
 ):  # fmt: skip
-    """ROWS queries of a head. GIVEN: lse is an input. MOVES: scores have tangents. VALUES: ``o`` is accumulated."""
+    """ROWS queries of a head.
+
+    GIVEN: lse is an input. MOVES: scores have tangents. VALUES: ``o`` is accumulated. WHOLE: all tiles have KEYS keys.
+    """
+    TYPE: tl.constexpr = v[0].dtype.element_ty
     tile, batch, index, shared = place(tl.cdiv(M, ROWS), HEADS, GROUP, CAUSAL)
     begin = tile * ROWS
     row = begin + tl.arange(0, ROWS)
@@ -153,21 +157,79 @@ def _attend(
     o_high = tl.zeros((ROWS, DV_HIGH if DV_HIGH > 0 else 16), tl.float32)
     to_low = o_low
     to_high = o_high
-    whole = N // KEYS * KEYS
+    k_at = head(k, batch, shared, UNIT)
+    v_at = head(v, batch, shared, UNIT)
+    if tk is not None:
+        tk_at = head(tk, batch, shared, UNIT)
+    if tv is not None:
+        tv_at = head(tv, batch, shared, UNIT)
     last = N
     if CAUSAL:
-        whole = tl.minimum(whole, (begin + 1) // KEYS * KEYS)
-        last = tl.minimum(last, begin + ROWS)
-    m, l, lt, r, c, o_low, o_high, to_low, to_high = _sweep(
-        0, whole, True, m, l, lt, r, c, o_low, o_high, to_low, to_high, q_low, q_high, tq_low, tq_high,
-        k, v, tq, tk, tv, mask, bias, tbias, batch, index, shared, row, M, N, log2_scale, scale,
-        GIVEN, TANGENT, MOVES, VALUES, CAUSAL, UNIT, KEYS, D, D_LOW, D_HIGH, DV, DV_LOW, DV_HIGH,
-    )  # fmt: skip
-    m, l, lt, r, c, o_low, o_high, to_low, to_high = _sweep(
-        whole, last, False, m, l, lt, r, c, o_low, o_high, to_low, to_high, q_low, q_high, tq_low, tq_high,
-        k, v, tq, tk, tv, mask, bias, tbias, batch, index, shared, row, M, N, log2_scale, scale,
-        GIVEN, TANGENT, MOVES, VALUES, CAUSAL, UNIT, KEYS, D, D_LOW, D_HIGH, DV, DV_LOW, DV_HIGH,
-    )  # fmt: skip
+        last = tl.minimum(N, begin + ROWS)
+    # One loop, also where only its end needs a mask: in two, ptxas no longer overlaps Hopper's dots.
+    for start in range(0, last, KEYS):
+        key = start + tl.arange(0, KEYS)[None, :]
+        k_low, k_high = load(k_at, k[3] * UNIT, start, N, KEYS, WHOLE, D, D_LOW, D_HIGH)
+        none = tl.zeros((ROWS, KEYS), tl.float32)
+        s = scores(q_low, q_high, k_low, k_high, none, D_HIGH)
+        unscaled = log2_scale
+        if bias is not None:
+            s = s * log2_scale + grid(bias, batch, index, row[:, None], key, M, N).to(tl.float32) * LOG2E
+            unscaled = 1.0
+        if CAUSAL or (mask is not None) or (not WHOLE):
+            seen = attended(mask, batch, index, row[:, None], key, M, N, CAUSAL, False)
+            s = tl.where(seen, s, float("-inf"))
+        if GIVEN:
+            e = tl.exp2(s * unscaled - m[:, None])
+        else:
+            higher = tl.maximum(m, tl.max(s, 1) * unscaled)
+            finite = tl.where(higher == float("-inf"), 0.0, higher)
+            e = tl.exp2(s * unscaled - finite[:, None])
+            shrink = tl.exp2(m - finite)
+            m = higher
+        if MOVES:
+            t = none
+            if tq is not None:
+                t = scores(tq_low, tq_high, k_low, k_high, t, D_HIGH)
+            if tk is not None:
+                tk_low, tk_high = load(tk_at, tk[3] * UNIT, start, N, KEYS, WHOLE, D, D_LOW, D_HIGH)
+                t = scores(q_low, q_high, tk_low, tk_high, t, D_HIGH)
+            unmoved = scale
+            if tbias is not None:
+                t = t * scale + grid(tbias, batch, index, row[:, None], key, M, N).to(tl.float32)
+                unmoved = 1.0
+            if mask is not None:
+                t = tl.where(seen, t, 0.0)
+            total = tl.sum(e, 1)
+            first = tl.sum(e * t, 1) * unmoved / tl.where(total == 0, 1.0, total)
+            c = tl.where(lt == 0, first, c)  # fixed by the first tile in which the row has a key
+            moved, moved_sum = rounded_sum(e * (t * unmoved - c[:, None]), TYPE)
+        weights, weights_sum = rounded_sum(e, TYPE)
+        if not GIVEN:
+            l = l * shrink + tl.sum(e, 1)
+            lt *= shrink
+            o_low *= shrink[:, None]
+            o_high *= shrink[:, None]
+            if TANGENT:
+                r *= shrink
+                to_low *= shrink[:, None]
+                to_high *= shrink[:, None]
+        lt += weights_sum
+        v_low, v_high = load(v_at, v[3] * UNIT, start, N, KEYS, WHOLE, DV, DV_LOW, DV_HIGH)
+        if VALUES:
+            o_low = dot(weights, v_low, o_low)
+            if DV_HIGH > 0:
+                o_high = dot(weights, v_high, o_high)
+        if MOVES:
+            r += moved_sum
+            to_low = dot(moved, v_low, to_low)
+            if DV_HIGH > 0:
+                to_high = dot(moved, v_high, to_high)
+        if tv is not None:
+            tv_low, tv_high = load(tv_at, tv[3] * UNIT, start, N, KEYS, WHOLE, DV, DV_LOW, DV_HIGH)
+            to_low = dot(weights, tv_low, to_low)
+            if DV_HIGH > 0:
+                to_high = dot(weights, tv_high, to_high)
     inverse = 1.0 / tl.where(lt == 0, 1.0, lt)
     o_low *= inverse[:, None]
     o_high *= inverse[:, None]
@@ -186,89 +248,3 @@ def _attend(
         if to_exact is not None:
             at = head(to_exact, batch, index, UNIT)
             store(at, to_exact[3] * UNIT, begin, M, to_low, to_high, ROWS, DV, DV_LOW, DV_HIGH)
-
-
-@triton.jit
-def _sweep(
-    first, last, WHOLE: tl.constexpr,
-    m, l, lt, r, c, o_low, o_high, to_low, to_high, q_low, q_high, tq_low, tq_high,
-    k, v, tq, tk, tv, mask, bias, tbias, batch, index, shared, row, M, N, log2_scale, scale,
-    GIVEN: tl.constexpr, TANGENT: tl.constexpr, MOVES: tl.constexpr, VALUES: tl.constexpr, CAUSAL: tl.constexpr,
-    UNIT: tl.constexpr, KEYS: tl.constexpr,
-    D: tl.constexpr, D_LOW: tl.constexpr, D_HIGH: tl.constexpr,
-    DV: tl.constexpr, DV_LOW: tl.constexpr, DV_HIGH: tl.constexpr,
-):  # fmt: skip
-    """Keys from ``first`` to ``last``. WHOLE promises that tiles have all their keys, none of them in the future."""
-    TYPE: tl.constexpr = v[0].dtype.element_ty
-    k_at = head(k, batch, shared, UNIT)
-    v_at = head(v, batch, shared, UNIT)
-    if tk is not None:
-        tk_at = head(tk, batch, shared, UNIT)
-    if tv is not None:
-        tv_at = head(tv, batch, shared, UNIT)
-    for start in range(first, last, KEYS):
-        key = start + tl.arange(0, KEYS)[None, :]
-        k_low, k_high = load(k_at, k[3] * UNIT, start, N, KEYS, WHOLE, D, D_LOW, D_HIGH)
-        none = tl.zeros((row.shape[0], KEYS), tl.float32)
-        s = scores(q_low, q_high, k_low, k_high, none, D_HIGH)
-        unscaled = log2_scale
-        if bias is not None:
-            s = s * log2_scale + grid(bias, batch, index, row[:, None], key, M, N).to(tl.float32) * LOG2E
-            unscaled = 1.0
-        if (mask is not None) or (not WHOLE):
-            seen = attended(mask, batch, index, row[:, None], key, M, N, CAUSAL, WHOLE)
-            s = tl.where(seen, s, float("-inf"))
-        if GIVEN:
-            e = tl.exp2(s * unscaled - m[:, None])
-        else:
-            higher = tl.maximum(m, tl.max(s, 1) * unscaled)
-            finite = tl.where(higher == float("-inf"), 0.0, higher)
-            e = tl.exp2(s * unscaled - finite[:, None])
-            shrink = tl.exp2(m - finite)
-            m = higher
-        if MOVES:
-            t = none
-            if tq is not None:
-                t = scores(tq_low, tq_high, k_low, k_high, t, D_HIGH)
-            if tk is not None:
-                tk_low, tk_high = load(tk_at, tk[3] * UNIT, start, N, KEYS, WHOLE, D, D_LOW, D_HIGH)
-                t = scores(q_low, q_high, tk_low, tk_high, t, D_HIGH)
-            t *= scale
-            if tbias is not None:
-                t += grid(tbias, batch, index, row[:, None], key, M, N).to(tl.float32)
-            if (mask is not None) or (not WHOLE):
-                t = tl.where(seen, t, 0.0)
-            if (mask is not None) or (bias is not None):  # a row's first keys may be in any tile
-                total = tl.sum(e, 1)
-                c = tl.where(lt == 0, tl.sum(e * t, 1) / tl.where(total == 0, 1.0, total), c)
-            elif start == 0:
-                total = tl.sum(e, 1)
-                c = tl.sum(e * t, 1) / tl.where(total == 0, 1.0, total)
-            moved = rounded(e * (t - c[:, None]), TYPE)
-        weights = rounded(e, TYPE)
-        if not GIVEN:
-            l = l * shrink + tl.sum(e, 1)
-            lt *= shrink
-            o_low *= shrink[:, None]
-            o_high *= shrink[:, None]
-            if TANGENT:
-                r *= shrink
-                to_low *= shrink[:, None]
-                to_high *= shrink[:, None]
-        lt += tl.sum(weights.to(tl.float32), 1)
-        v_low, v_high = load(v_at, v[3] * UNIT, start, N, KEYS, WHOLE, DV, DV_LOW, DV_HIGH)
-        if VALUES:
-            o_low = dot(weights, v_low, o_low)
-            if DV_HIGH > 0:
-                o_high = dot(weights, v_high, o_high)
-        if MOVES:
-            r += tl.sum(moved.to(tl.float32), 1)
-            to_low = dot(moved, v_low, to_low)
-            if DV_HIGH > 0:
-                to_high = dot(moved, v_high, to_high)
-        if tv is not None:
-            tv_low, tv_high = load(tv_at, tv[3] * UNIT, start, N, KEYS, WHOLE, DV, DV_LOW, DV_HIGH)
-            to_low = dot(weights, tv_low, to_low)
-            if DV_HIGH > 0:
-                to_high = dot(weights, tv_high, to_high)
-    return m, l, lt, r, c, o_low, o_high, to_low, to_high
