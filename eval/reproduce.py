@@ -9,10 +9,12 @@ from typing import Any
 from genkit.eval.extractors.base import Extractor
 from genkit.eval.metrics.base import PACKAGE, Metric
 from genkit.eval.report import Code
-from genkit.eval.runs import NO_GUIDER, Run
+from genkit.eval.runs import COSTS, NO_GUIDER, Run
 from genkit.registry import members
 
 EXTRACTORS = "genkit.eval.extractors"
+# What a run was made with that is no argument of the pipeline's call.
+_OTHERS = {"model", "steps", "seed", "guider", "scheduler", "training_step", *COSTS}
 _PACKAGES = {"genkit": "genkit-diffusion"}
 
 
@@ -52,15 +54,20 @@ def run_command(run: Run) -> str:
     metrics = ",".join(metric_text(name, settings) for name, settings in protocol.metrics.items())
     words = ["genkit", "eval", "run", protocol.reference or "none"]
     seed = protocol.seed
-    if made.get("model") is not None and made.get("steps") is not None:
-        words += [f"pipeline:{made['model']}", "--steps", str(made["steps"])]
+    if made.get("model") is not None and made.get("seed", made.get("steps")) is not None:
+        words.append(f"pipeline:{made['model']}")
+        words += ["--steps", str(made["steps"])] if made.get("steps") is not None else []
         guider, scale = made.get("guider"), made.get("guidance_scale")
         if guider == "embedded":
             words += ["--set", f"guidance_scale={scale}"]
         elif guider not in NO_GUIDER:
             joint = "," if ":" in guider else ":"
             words += ["--guider", guider if scale is None else f"{guider}{joint}guidance_scale={scale}"]
-        words += ["--scheduler", str(made["scheduler"])] if made.get("scheduler") is not None else []
+        if made.get("scheduler") is not None:
+            words += ["--scheduler", str(made["scheduler"])]
+        elif guider is None:  # of a network that is no denoiser, which takes all its settings as arguments
+            told = [f"{k}={v!r}" for k, v in made.items() if v is not None and k not in _OTHERS]
+            words += ["--set", ",".join(told)] if told else []
         words += ["--n", str(protocol.n_gen)] if protocol.n_gen is not None else []
         seed = made.get("seed", seed)
     else:

@@ -3,6 +3,7 @@
 import gc
 import random
 import re
+import shlex
 
 import diffusers
 import numpy
@@ -15,6 +16,7 @@ from genkit.eval.command import _print as show
 from genkit.eval.generated import generated_images, name_of
 from genkit.eval.inputs import UnreadableImage, read_images
 from genkit.eval.page import main as write_page
+from genkit.eval.reproduce import run_command
 from genkit.eval.run import evaluate
 from genkit.eval.runs import read_runs
 from genkit.eval.tables import row_of
@@ -24,6 +26,7 @@ from genkit.networks.gpt import GPT
 from genkit.networks.mar import MAR
 from genkit.pipelines import ClassConditionalPipeline, FewStepPipeline, TextToImagePipeline
 from genkit.pipelines.autoregressive import AutoregressivePipeline
+from genkit.pipelines.by_name import parse_settings
 from genkit.pipelines.masked_autoregressive import MaskedAutoregressivePipeline
 from genkit.rng import ItemRNG
 from genkit.schedulers import FlowMapScheduler
@@ -220,6 +223,16 @@ def test_autoregressive():
             generated_images(pipe, asked, **settings)
 
 
+def test_tokens_can_be_drawn_again_by_the_command_of_a_report(real, tmp_path):
+    torch.manual_seed(0)
+    pipe = AutoregressivePipeline(GPT(hidden_size=16, num_layers=1, num_heads=2, sample_size=8).eval())
+    drawn = generated_images(pipe, [1, 2, 3], arguments={"guidance_scale": 2.0, "top_k": 5}, name="gpt", seed=4)
+    evaluate(real, drawn, metrics=["contrast"], quiet=True, output=tmp_path / "gpt")
+    words = shlex.split(run_command(read_runs([tmp_path / "gpt"])[0][0]))
+    assert words[4] == "pipeline:gpt" and "--steps" not in words and words[words.index("--seed") + 1] == "4"
+    assert parse_settings("", words[words.index("--set") + 1]) == {"guidance_scale": 2, "top_k": 5}
+
+
 def test_calls_of_a_diffusion_head_are_counted_beside_those_of_the_network(real, tmp_path, capsys):
     """Steps that fall save calls of the head alone: without these, tables would show no difference."""
     torch.manual_seed(0)
@@ -242,6 +255,8 @@ def test_calls_of_a_diffusion_head_are_counted_beside_those_of_the_network(real,
     table = [re.sub("<[^>]+>", " ", row.split("</tr>")[0]).split() for row in html.split("<tr>")[1:4]]
     head, falling, constant = table
     assert head[-2:] == ["head", "calls"] and (falling[-1], constant[-1]) == ("15", "24")
+    command = run_command(read_runs([tmp_path / "falling"])[0][0])
+    assert "pipeline:mar --steps linear:hi=6,lo=2 --set num_ar_steps=4 --n 3" in command
     assert "head_calls" not in row_of(evaluate(real, real, metrics=["contrast"], quiet=True).model_dump())
 
 
