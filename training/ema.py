@@ -2,10 +2,13 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+
+from genkit.kernels import fused
 
 
 class EMA:
@@ -22,21 +25,43 @@ class EMA:
     def __init__(self, parameters: Mapping[str, Tensor], decays: Sequence[float]):
         self.names = list(parameters)
         self._weights = list(parameters.values())
-        # Shards and whole tensors apart, since an operation on many tensors takes one kind.
-        sharded = [isinstance(p, DTensor) for p in self._weights]
-        self._groups = [[i for i, s in enumerate(sharded) if s is kind] for kind in set(sharded)]
         self.averages = {d: [p.detach().to(torch.float32, copy=True) for p in self._weights] for d in decays}
         self.updates = 0
+        self._groups: dict[tuple, Any] = {}
 
     @torch.no_grad()
     def update(self) -> None:
-        """Move every average towards the present weights."""
+        """Move every average towards the present weights, none of which is copied as a whole.
+
+        Weights in float32 by one ``foreach`` call a decay; in bfloat16 and float16, on GPUs with Triton (see
+        :mod:`genkit.kernels`), by one kernel a decay; all others one by one.
+        """
         self.updates += 1
-        weights = [p.detach().float() for p in self._weights]
+        weights = [p.detach() for p in self._weights]
+        kernels = {device: fused(device) for device in {w.device for w in weights if w.dtype != torch.float32}}
         for decay, average in self.averages.items():
-            weight = 1 - min(decay, (1 + self.updates) / (10 + self.updates))
-            for group in self._groups:
-                torch._foreach_lerp_([average[i] for i in group], [weights[i] for i in group], weight)
+            step = 1 - min(decay, (1 + self.updates) / (10 + self.updates))
+            ways: dict[tuple, tuple[list[Tensor], list[Tensor]]] = {}
+            for a, w in zip(average, weights, strict=True):
+                for tensors, tensor in zip(ways.setdefault(_way(a, w, kernels), ([], [])), (a, w), strict=True):
+                    tensors.append(tensor)
+            for way, (averages, present) in ways.items():
+                if way[0] == "foreach":
+                    torch._foreach_lerp_(averages, present, step)
+                elif way[0] == "kernel":
+                    self._group((decay, *way), averages, present).lerp_(step)
+                else:
+                    for a, w in zip(averages, present, strict=True):
+                        torch._foreach_lerp_([a], [w.float()], step)
+
+    def _group(self, key: tuple, averages: list[Tensor], weights: list[Tensor]):
+        """What the kernel works on, kept until a tensor is moved."""
+        from genkit.training._triton_ema import Group, addresses
+
+        known = self._groups.get(key)
+        if known is None or known.addresses != addresses(averages, weights):
+            known = self._groups[key] = Group(averages, weights)
+        return known
 
     @contextmanager
     def swapped(self, decay: float | None = None) -> Iterator[None]:
@@ -59,3 +84,15 @@ class EMA:
         """Averages from :meth:`state_dict`; names and shapes must be the same."""
         for key, average in self.state_dict().items():
             average.copy_(state[key])
+
+
+def _way(average: Tensor, weight: Tensor, kernels: Mapping[torch.device, bool]) -> tuple:
+    """How a weight is averaged, and what those have in common that are averaged together."""
+    if weight.dtype == torch.float32:
+        return "foreach", isinstance(weight, DTensor)  # an operation on many tensors takes one kind
+    if kernels[weight.device]:
+        from genkit.training._triton_ema import takes
+
+        if takes(average, weight):
+            return "kernel", weight.dtype, weight.device
+    return ("singly",)
