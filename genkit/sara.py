@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from genkit._smallest import smallest
+
 PUBLISHED_THRESHOLD = 2e-3
 _TUNABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _FEW = 100  # selected entries below which a matrix has no rank worth lowering
@@ -150,7 +152,7 @@ def add_sara(
     weights = {id(module.weight): module.weight for module in layers.values()}
     if num_params is None and threshold is None:
         threshold = PUBLISHED_THRESHOLD
-    kept, limit = _selection(list(weights.values()), threshold, num_params, everything=target_modules is not None)
+    kept, limit = smallest(list(weights.values()), threshold, num_params, everything=target_modules is not None)
     network.requires_grad_(False)
     made: dict[int, Sara] = {}
     for weight in kept:
@@ -197,53 +199,6 @@ def _targets(network, target_modules, exclude_modules, skip) -> dict[str, Any]:
     }
 
 
-def _selection(weights: list[Tensor], threshold: float | None, count: int | None, everything: bool):
-    """The weights to select from, and the threshold; ``everything``: also of those that lie below it as a whole."""
-    total = sum(w.numel() for w in weights)
-    if count is not None and not 0 < count < total:
-        raise ValueError(f"num_params={count}: accepted are 1 to {total - 1}, of {total} entries")
-    largest = [float(w.detach().abs().max()) for w in weights]
-    kept = [i for i, top in enumerate(largest) if everything or top > 0]
-    while True:
-        left = [weights[i] for i in kept]
-        size = sum(w.numel() for w in left)
-        if count is not None and count >= size:
-            raise ValueError(f"num_params={count} selects everything: there are {size} entries beside those of zeros")
-        limit = threshold if count is None else _kth_smallest(left, count)  # type: ignore[assignment]
-        below = [i for i in kept if largest[i] < limit]
-        if everything or not below or len(below) == len(kept):
-            break
-        kept = [i for i in kept if i not in below]
-    what = f"threshold={limit:g}" if count is None else f"num_params={count} (threshold {limit:g})"
-    selected = sum(int((w.detach().float().abs() < limit).sum()) for w in left)
-    if not selected:
-        smallest = min((float(w.detach().abs().min()) for w in left), default=0.0)
-        raise ValueError(f"{what} selects nothing: the smallest entry of the weights is {smallest:g}")
-    if selected == size:
-        raise ValueError(f"{what} selects everything: the largest entry of the weights is {max(largest):g}")
-    return left, limit
-
-
-def _kth_smallest(weights: list[Tensor], k: int) -> float:
-    """The ``k``-th smallest ``|w|`` of all, from 0, without sorting them: digits of 16 bits, the upper ones first.
-
-    Floats that are not negative are ordered as the integers that have their bits.
-    """
-    found = 0
-    for shift in (16, 0):
-        counts = torch.zeros(1 << 16, dtype=torch.int64)
-        for w in weights:
-            bits = w.detach().reshape(-1).float().abs().view(torch.int32)
-            if shift == 0:
-                bits = bits[bits >> 16 == found >> 16]
-            counts += torch.bincount((bits >> shift) & 0xFFFF, minlength=1 << 16).cpu()
-        below = counts.cumsum(0)
-        digit = int((below <= k).sum())
-        k -= int(below[digit - 1]) if digit else 0
-        found |= digit << shift
-    return float(torch.tensor(found, dtype=torch.int32).view(torch.float32))
-
-
 def plain(name: str) -> str:
     """The name that a module or weight has without PEFT."""
     return name.removeprefix("base_model.model.").replace(".base_layer", "")
@@ -253,7 +208,7 @@ def sara_layers(network: nn.Module) -> dict[str, Sara]:
     """The parametrisations of ``network`` by the names of their weights; one that layers share by its first."""
     found: dict[Sara, str] = {}
     for name, _, sara in _parametrised(network):
-        found.setdefault(sara, f"{plain(name)}.weight")
+        found.setdefault(sara, f"{plain(name)}.weight".lstrip("."))
     return {name: sara for sara, name in found.items()}
 
 
