@@ -1,0 +1,157 @@
+"""Launches of the gradients of attention and of its tangent: nothing quadratic in memory, the same bytes every time."""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from genkit.attention import _tiles
+from genkit.attention._tiles import Tile
+from genkit.attention._triton_gradients import of_bias, of_keys, of_queries, row_sums
+from genkit.attention.inputs import Options
+
+
+class Launch(NamedTuple):
+    """A kernel, how many programs of it, and what it is launched with."""
+
+    kernel: Any
+    programs: int
+    arguments: dict
+    options: dict
+
+
+class Tiles(NamedTuple):
+    """A tile for each kernel."""
+
+    keys: Tile
+    queries: Tile
+    bias: Tile
+
+
+def backward(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, o: Tensor, lse: Tensor, g: Tensor,
+    options: Options, needs_bias: bool, tiles: Tiles | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """``(dq, dk, dv, dbias)`` for the gradient ``g`` of ``o``; ``dbias`` in the bias' own shape."""
+    no = (None,) * 4
+    needed = (needs_bias, False)
+    return _run(q, *launches(q, k, v, bias, mask, *no, o, None, lse, None, g, None, options, needed, tiles))[:4]
+
+
+def backward_with_tangent(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None,
+    tq: Tensor | None, tk: Tensor | None, tv: Tensor | None, tbias: Tensor | None,
+    o: Tensor, to: Tensor, lse: Tensor, mu: Tensor, g: Tensor | None, h: Tensor,
+    options: Options, needs_bias: tuple[bool, bool], tiles: Tiles | None = None,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """``(dq, dk, dv, dbias, dtq, dtk, dtv, dtbias)`` for the gradients ``g`` of ``o`` and ``h`` of ``to``.
+
+    ``o`` and ``to`` may be in float32: in bfloat16 they cost an error of 5e-2 and more in ``dq`` where values share an
+    offset, because gradients of scores are differences to ``h . o`` and ``h . to``.
+    """
+    every = (q, k, v, bias, mask, tq, tk, tv, tbias, o, to, lse, mu, g, h, options, needs_bias, tiles)
+    return _run(q, *launches(*every))
+
+
+def launches(
+    q, k, v, bias, mask, tq, tk, tv, tbias, o, to, lse, mu, g, h, options: Options, needs_bias: tuple[bool, bool],
+    tiles: Tiles | None = None,
+) -> tuple[list[Launch], tuple]:  # fmt: skip
+    """What computes the gradients, in order, and the eight of them, ``None`` where there is none."""
+    b, heads, m, d = q.shape
+    shared, n, values = v.shape[1:]
+    q, k, v, tq, tk, tv, o, to, g, h = _tiles.unit_stride(q, k, v, tq, tk, tv, o, to, g, h)
+    moves = tq is not None or tk is not None or tbias is not None
+    lse, mu = lse.contiguous(), mu.contiguous() if moves else None
+    om = torch.empty_like(lse) if moves else None
+    dl = torch.empty_like(lse)
+    dq, dtq = (None if x is None else _tiles.rows_like(q, d, q.dtype) for x in (q, tq))
+    dk, dtk = (None if x is None else _tiles.rows_like(k, d, q.dtype) for x in (k, tk))
+    dv, dtv = (None if x is None else _tiles.rows_like(v, values, q.dtype) for x in (v, tv))
+    wanted = zip((bias, tbias), needs_bias, strict=True)
+    dbias, dtbias = (x.new_empty(x.shape) if needed else None for x, needed in wanted)
+
+    rows, given = dict(o=o, to=to, g=g, h=h), dict(q=q, k=k, v=v, tq=tq, tk=tk, tv=tv, g=g, h=h)
+    of = dict(dk=dk, dv=dv, dtk=dtk, dtv=dtv, dq=dq, dtq=dtq)
+    unit = _tiles.unit(*rows.values(), *given.values(), *of.values())
+    sums = {name: _tiles.view(x) for name, x in dict(om=om, dl=dl).items()}
+    (d_low, d_high), (v_low, v_high) = _tiles.split(d), _tiles.split(values)
+    channels = dict(UNIT=unit, DV=values, DV_LOW=v_low, DV_HIGH=v_high)
+    common = {
+        **{name: _tiles.view(x, unit) for name, x in given.items()},
+        **{name: _tiles.view(x) for name, x in dict(lse=lse, mu=mu).items()},
+        **sums,
+        **{name: _tiles.grid_view(x) for name, x in dict(mask=mask, bias=bias, tbias=tbias).items()},
+        **dict(M=m, N=n, GROUP=heads // shared, scale=options.scale, CAUSAL=options.is_causal),
+        **dict(D=d, D_LOW=d_low, D_HIGH=d_high, **channels),
+    }
+    width = max(d_low + d_high, v_low + v_high)
+    tiles = tiles or choose(q.dtype, width, h is not None, capacity(q.device))
+
+    def launch(kernel, programs: int, tile: Tile, **more) -> Launch:
+        return Launch(kernel, programs, {**common, **more, "ROWS": tile.rows, "KEYS": tile.keys}, tile.options())
+
+    arguments = {**{name: _tiles.view(x, unit) for name, x in rows.items()}, **sums, **channels}
+    plan = [Launch(row_sums, _over(m, 32) * b * heads, {**arguments, "M": m, "HEADS": heads, "ROWS": 32}, {})]
+    for names in _together(width, h is not None):
+        outputs = {name: _tiles.view(of[name], unit) if name in names else None for name in ("dk", "dv", "dtk", "dtv")}
+        if any(outputs.values()):
+            plan.append(launch(of_keys, _over(n, tiles.keys.keys) * b * shared, tiles.keys, HEADS=shared, **outputs))
+    outputs = {name: _tiles.view(of[name], unit) for name in ("dq", "dtq")}
+    programs = _over(m, tiles.queries.rows) * b * heads
+    plan.append(launch(of_queries, programs, tiles.queries, HEADS=heads, **outputs))
+    if any(needs_bias):
+        outputs = {name: _tiles.grid_view(x) for name, x in dict(dbias=dbias, dtbias=dtbias).items()}
+        programs, axes = _axes(bias, b, heads, m, n, tiles.bias)
+        plan.append(launch(of_bias, programs, tiles.bias, **axes, **outputs))
+    return plan, (dq, dk, dv, dbias, dtq, dtk, dtv, dtbias)
+
+
+def choose(dtype: torch.dtype, width: int, with_tangent: bool, shared: int) -> Tiles:
+    """Tiles for ``width`` channels, the largest of which no accumulator leaves registers, within ``shared`` bytes.
+
+    What a program keeps is on one side of the scores, what it goes through on the other: keys and queries of a key
+    tile, queries and keys of a query tile, one of each for a tile of the bias.
+    """
+    return Tiles(Tile(32, 64, 4, 2), Tile(64, 32, 4, 2), Tile(32, 32, 4, 1))
+
+
+def capacity(device: torch.device) -> int:
+    """Shared memory that a block of threads can have, in bytes."""
+    return (
+        torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else 227 << 10
+    )
+
+
+def _together(width: int, with_tangent: bool) -> tuple[tuple[str, ...], ...]:
+    """Which gradients of keys are computed in one pass: as many as registers hold sums of."""
+    if not with_tangent or width <= 64:
+        return (("dk", "dv", "dtk", "dtv"),)
+    if width <= 128:
+        return ("dk", "dtk"), ("dv", "dtv")
+    return ("dk", "dtk"), ("dv",), ("dtv",)
+
+
+def _axes(bias: Tensor, b: int, heads: int, m: int, n: int, tile: Tile) -> tuple[int, dict]:
+    """How many programs the bias' own tiles have, and how many of each axis one sums over."""
+    row_tiles, key_tiles = _over(m, tile.rows), _over(n, tile.keys)
+    own, sums = [], []
+    for size, full in zip(bias.shape, (b, heads, row_tiles, key_tiles), strict=True):
+        own.append(1 if size == 1 else full)
+        sums.append(full if size == 1 else 1)
+    steps = dict(zip(("BATCHES", "HEADS", "ROW_STEPS", "KEY_STEPS"), sums, strict=True))
+    owns = dict(zip(("OWN_HEADS", "OWN_ROWS", "OWN_KEYS"), own[1:], strict=True))
+    return math.prod(own), {**owns, **steps, "ONE_ROW": bias.shape[2] == 1, "ONE_KEY": bias.shape[3] == 1}
+
+
+def _over(size: int, tile: int) -> int:
+    return -(-size // tile)
+
+
+def _run(q: Tensor, plan: list[Launch], gradients: tuple) -> tuple:
+    with _tiles.launching(q):
+        for kernel, programs, arguments, options in plan:
+            if programs:
+                kernel[(programs,)](**arguments, **options)
+    return gradients
