@@ -9,6 +9,7 @@ from genkit._lazy import register_tree as _register_tree
 __version__ = "0.1.0"
 
 for _family in (
+    "attention",
     "data",
     "denoisers",
     "feynman_kac",

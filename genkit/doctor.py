@@ -104,7 +104,7 @@ def model_attention(path: Path) -> list[tuple[str, str, str, str, str]]:
         raise FileNotFoundError(f"model={str(path)!r} has neither a model_index.json nor a config.json")
     with without_loading_bars():
         whole = (path / "model_index.json").is_file()
-        model = (DiffusionPipeline if whole else AutoModel).from_pretrained(path)
+        model = (DiffusionPipeline if whole else AutoModel).from_pretrained(str(path))
     coverage = attention_coverage(model)
     return [(r.name, r.kind, r.processor or "", r.way or "no", r.reason) for r in coverage]
 

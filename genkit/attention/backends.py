@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from genkit import _diffusers, kernels
+from genkit import kernels
+from genkit._diffusers import add_backend, backend_function
 from genkit.attention import conventions
 from genkit.attention.coverage import Coverage, asks_dispatcher, covered, networks
 from genkit.attention.probing import OURS, compute, head_size, names, problem
@@ -75,7 +76,7 @@ def use(model: Any, backend: str = "auto", *, tangent: bool = False) -> Use:
             forward mode; another kind of ``model``.
         RuntimeError: this Diffusers keeps its backends in another way than those that genkit knows.
     """
-    _diffusers.add_backend(OURS, conventions.as_diffusers)
+    add_backend(OURS, conventions.as_diffusers)
     if backend not in ("auto", *names()):
         raise ValueError(unknown("backend", backend, ["auto", *names()]))
     chosen: dict[str, str] = {}
@@ -89,7 +90,8 @@ def use(model: Any, backend: str = "auto", *, tangent: bool = False) -> Use:
             if backend == "auto":
                 asked = (tangent, gradient, kernels.mode(), torch.are_deterministic_algorithms_enabled())
                 name, reason = _fastest(sizes, *asked)
-                _say(logging.INFO, f"attention of {called}: auto takes {name!r}, {reason}")
+                if sizes:
+                    _say(logging.INFO, f"attention of {called}: auto takes {name!r}, {reason}")
             _try(called, name, sizes, tangent, gradient)
             chosen[label] = name
             records = covered(network, name, label)
@@ -151,9 +153,9 @@ def _hopper_or_blackwell(device: torch.device) -> bool:
 def _apply(network: nn.Module, name: str, records: Coverage, stack: ExitStack) -> None:
     member, function = None, compute(name)
     if any(record.way != "interface" for record in records):
-        member = _diffusers.backend_function(name)[0]
+        member = backend_function(name)[0]
     for record in records:
-        processor = getattr(record.module, "processor", None)
+        processor: Any = getattr(record.module, "processor", None)
         if record.way == "dispatcher":
             if getattr(processor, "_parallel_config", None) is not None and name == OURS:
                 raise ValueError(f"{record.name}: backend {OURS!r} has no context parallelism; choose 'native'")

@@ -63,8 +63,8 @@ def attention_coverage(model: Any, backend: str = "genkit") -> Coverage:
     found = Coverage()
     for prefix, network in networks(model):
         found += covered(network, backend, prefix)
-    seen: set[int] = set()
-    return Coverage(r for r in found if not (id(r.module) in seen or seen.add(id(r.module))))
+    first = {id(record.module): record for record in reversed(found)}  # components may share a network
+    return Coverage(record for record in found if record is first[id(record.module)])
 
 
 def networks(model: Any) -> list[tuple[str, nn.Module]]:
@@ -100,13 +100,13 @@ def covered(network: nn.Module, backend: str, prefix: str = "") -> Coverage:
 
 
 def _way(module: nn.Module, backend: str) -> tuple[Way | None, str]:
-    from genkit import _diffusers
+    from genkit._diffusers import accepts_backend, attention_processor
 
     if isinstance(module, nn.MultiheadAttention):
         return None, "PyTorch computes it within one function"
-    processor = _diffusers.attention_processor(module)
+    processor = attention_processor(module)
     if processor is not None and hasattr(processor, "_attention_backend"):
-        if _diffusers.accepts_backend(processor, backend):
+        if accepts_backend(processor, backend):
             return "dispatcher", ""
         return None, f"{type(processor).__name__} takes no other backend than its own"
     called = calls(module)
@@ -124,7 +124,8 @@ def calls(module: nn.Module) -> set[str]:
 
     Functions and methods of the same library that are called there are followed.
     """
-    return _calls(type(module), "forward") | _calls(type(getattr(module, "processor", None)), "__call__")
+    owners: tuple[Any, Any] = type(module), type(getattr(module, "processor", None))
+    return _calls(owners[0], "forward") | _calls(owners[1], "__call__")
 
 
 def asks_dispatcher(module: nn.Module) -> bool:
@@ -133,7 +134,7 @@ def asks_dispatcher(module: nn.Module) -> bool:
 
 
 @cache
-def _calls(owner: type, entry: str) -> set[str]:
+def _calls(owner: Any, entry: str) -> set[str]:
     found: set[str] = set()
     todo, seen = [getattr(owner, entry, None)], set()
     while todo:

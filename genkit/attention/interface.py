@@ -45,7 +45,8 @@ def _outermost(network: nn.Module) -> list[PreTrainedModel]:
 
 
 def _configs(model: PreTrainedModel) -> list[Any]:
-    todo, found = [part.config for part in model.modules() if isinstance(part, PreTrainedModel)], []
+    found: list[Any] = []
+    todo: list[Any] = [part.config for part in model.modules() if isinstance(part, PreTrainedModel)]
     while todo:
         config = todo.pop(0)
         if any(config is other for other in found):

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from genkit import _diffusers, kernels
+from genkit import kernels
+from genkit._diffusers import backend_function, backend_names
 from genkit.attention import conventions, reference
 from genkit.attention.inputs import check
 from genkit.attention.sdpa import scaled_dot_product_attention
@@ -21,7 +22,7 @@ _TOLERANCE = 0.1
 
 def names() -> list[str]:
     """Backends by name: Diffusers' and ours."""
-    return sorted({*_diffusers.backend_names(), OURS})
+    return sorted({*backend_names(), OURS})
 
 
 @cache
@@ -36,7 +37,7 @@ def compute(name: str) -> Callable[..., Tensor]:
     if name == OURS:
         return scaled_dot_product_attention
     try:
-        _, function, takes = _diffusers.backend_function(name)
+        _, function, takes = backend_function(name)
     except (RuntimeError, ImportError) as error:
         raise ValueError(f"backend={name!r}: {error}") from error
     return F.scaled_dot_product_attention if name == "native" else conventions.from_diffusers(name, function, takes)
@@ -79,27 +80,32 @@ def _problem(attend, mode, device, dtype, head_size, tangent, gradient, masked) 
         return f"no forward mode ({text})" if tangent and "forward AD" in str(error) else text
     with torch.enable_grad() if gradient else torch.no_grad():
         exact = _results(
-            lambda q, k, v: reference.attention(check(q, k, v, mask, None, False, None)), x.double(), tangent, gradient
+            lambda q, k, v: reference.attention(
+                check(q, k, v, mask if mask is None else mask.cpu(), None, False, None)
+            ),
+            x.cpu().double(),
+            tangent,
+            gradient,
         )
     for (what, got), (_, right) in zip(found, exact, strict=True):
-        if got is None or not (got.double() - right).norm() <= _TOLERANCE * right.norm():
-            return f"its {what} is {'missing' if got is None else 'wrong'}"
+        if not (got.cpu().double() - right).norm() <= _TOLERANCE * right.norm():
+            return f"its {what} is wrong"
     return None
 
 
-def _results(attend: Callable, x: Tensor, tangent: bool, gradient: bool) -> list[tuple[str, Tensor | None]]:
+def _results(attend: Callable, x: Tensor, tangent: bool, gradient: bool) -> list[tuple[str, Tensor]]:
     primals = tuple(part.clone().requires_grad_(gradient) for part in x[:3])
     if tangent:
-        o, to = torch.func.jvp(attend, primals, tuple(x[3:]))
-        results: list[tuple[str, Tensor | None]] = [("result", o), ("tangent", to)]
+        o, to, *_ = torch.func.jvp(attend, primals, tuple(x[3:]))
+        results = [("result", o), ("tangent", to)]
         total = (o * x[3]).sum() + (to * x[4]).sum()
     else:
         o = attend(*primals)
         results, total = [("result", o)], (o * x[3]).sum()
     if gradient:
         grads = torch.autograd.grad(total, primals, allow_unused=True)
-        results += [("gradient", grad) for grad in grads]
-    return [(what, part if part is None else part.detach()) for what, part in results]
+        results += [("gradient", x.new_full((), torch.nan) if grad is None else grad) for grad in grads]
+    return [(what, part.detach()) for what, part in results]
 
 
 def head_size(module: nn.Module) -> int:

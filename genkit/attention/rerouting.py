@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from genkit import _diffusers
+from genkit._diffusers import active_backend
 
 
 def reroute(module: nn.Module, name: str, compute: Callable[..., Tensor], active: Any = None) -> Callable[[], None]:
@@ -27,7 +27,7 @@ def reroute(module: nn.Module, name: str, compute: Callable[..., Tensor], active
     Raises:
         RuntimeError: something else has changed the module's class since an earlier call; so does the undoing.
     """
-    before = type(module)
+    before: Any = type(module)
     changed = f"the class of {before.__name__} was changed after its attention backend; undo the later change first"
     if rerouted_to(module) is not None and "_rerouted" not in vars(before):
         raise RuntimeError(changed)
@@ -50,12 +50,12 @@ def rerouted_to(module: nn.Module) -> str | None:
 
 
 @cache
-def _rerouted(original: type, name: str, compute: Callable[..., Tensor], active: Any) -> type:
+def _rerouted(original: Any, name: str, compute: Callable[..., Tensor], active: Any) -> Any:
     inner = original.forward
 
     @wraps(inner)
     def forward(self, *args, **kwargs):
-        with _Answering(compute), nullcontext() if active is None else _diffusers.active_backend(active):
+        with _Answering(compute), nullcontext() if active is None else active_backend(active):
             output = inner(self, *args, **kwargs)
         # Up to PyTorch 2.13 a GroupNorm behind it has no forward mode for the strides of tokens made into an image.
         return output.contiguous() if isinstance(output, Tensor) and output.ndim == 4 else output
