@@ -17,7 +17,7 @@ from genkit.kernels import interpreted
 # In Triton's interpreter numbers in bfloat16 are float32 rounded by hand: its own casts truncate, its dots are garbage.
 INTERPRETED: tl.constexpr = tl.constexpr(interpreted())
 PACKED: tl.constexpr = tl.constexpr(not interpreted() and torch.version.hip is None)  # whether PTX is compiled
-PRECISION: tl.constexpr = tl.constexpr("ieee")  # of float32 dots
+PRECISION: tl.constexpr = tl.constexpr("ieee" if torch.version.hip else "tf32x3")  # of float32: three dots, 21 bits
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 

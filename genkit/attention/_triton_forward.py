@@ -14,6 +14,7 @@ from torch import Tensor
 from genkit.attention import _tiles
 from genkit.attention._tiles import LN2, LOG2E, Tile, attended, dot, grid, head, load, place, rounded_sum, scores, store
 from genkit.attention.inputs import Options
+from genkit.kernels import interpreted
 
 # Where lse is known, e = 2^6 p: in float16 fewer of the small ones are subnormal. It cancels.
 LIFT: tl.constexpr = tl.constexpr(6.0)
@@ -71,10 +72,10 @@ def forward_with_tangent(
     return _launch(q, k, v, bias, mask, None, tq, tk, tv, tbias, options, True, precise, tile)  # type: ignore[return-value]
 
 
-def arguments(
+def launches(
     q, k, v, bias, mask, lse, tq, tk, tv, tbias, options: Options, with_tangent: bool, precise: bool, tile: Tile | None
-) -> tuple[dict, Tile, tuple]:
-    """What the kernel is launched with, its tile, and ``(o, to, lse, mu, o, to)`` that it fills, absent ones None."""
+) -> tuple[list[dict], Tile, tuple]:
+    """Arguments of each launch, their tile, and what they fill: ``(o, to, lse, mu, o, to)``, absent ones ``None``."""
     b, h, m, d = q.shape
     n, dv = v.shape[2:]
     given = lse is not None
@@ -89,36 +90,47 @@ def arguments(
     mu = q.new_empty(b, h, m, dtype=torch.float32) if with_tangent else None
     o_exact = _tiles.rows_like(q, dv, torch.float32) if precise and (given or not wide) else None
     to_exact = _tiles.rows_like(q, dv, torch.float32) if precise and not wide else None
-    out_lse = lse.contiguous() if given else q.new_empty(b, h, m, dtype=torch.float32)
+    lse = lse.contiguous() if given else q.new_empty(b, h, m, dtype=torch.float32)
     moves = tq is not None or tk is not None or tbias is not None
-    tensors = dict(q=q, k=k, v=v, tq=tq, tk=tk, tv=tv, o=o, to=to, o_exact=o_exact, to_exact=to_exact)
-    unit = _tiles.unit(*tensors.values())
-    (d_low, d_high), (dv_low, dv_high) = _tiles.split(d), _tiles.split(dv)
-    tile = tile or choose(q.dtype, d, dv, with_tangent, q.device)
-    launched = {
-        **{name: _tiles.view(x, unit) for name, x in tensors.items()},
-        "lse": _tiles.view(out_lse),
-        "mu": _tiles.view(mu),
+    of_keys, of_values = dict(q=q, k=k, tq=tq, tk=tk), dict(v=v, tv=tv, o=o, to=to, o_exact=o_exact, to_exact=to_exact)
+    unit = _tiles.unit(*of_keys.values(), *of_values.values())
+    newer = q.device.type != "cuda" or torch.cuda.get_device_capability(q.device) >= (9, 0)
+    chosen, width = choose(wide, d, dv, with_tangent, newer)
+    tile = tile or (Tile(64, 64, 4, 1) if interpreted() else chosen)
+    d_low, d_high = _tiles.split(d)
+    common = {
+        **{name: _tiles.view(x, unit) for name, x in of_keys.items()},
+        **{name: _tiles.view(x) for name, x in dict(lse=lse, mu=mu).items()},
         **{name: _tiles.grid_view(x) for name, x in dict(mask=mask, bias=bias, tbias=tbias).items()},
         **dict(M=m, N=n, HEADS=h, GROUP=h // k.shape[1], log2_scale=scale * LOG2E.value, scale=scale),
         **dict(GIVEN=given, TANGENT=with_tangent, MOVES=moves, VALUES=not given or moves or precise),
         **dict(CAUSAL=options.is_causal, UNIT=unit, WHOLE=n % tile.keys == 0, ROWS=tile.rows, KEYS=tile.keys),
-        **dict(D=d, D_LOW=d_low, D_HIGH=d_high, DV=dv, DV_LOW=dv_low, DV_HIGH=dv_high),
+        **dict(D=d, D_LOW=d_low, D_HIGH=d_high),
     }
-    return launched, tile, (o, to, out_lse, mu, o_exact, to_exact)
+    each = []
+    for first in range(0, dv, width):
+        parts = {name: None if x is None else x[..., first : first + width] for name, x in of_values.items()}
+        low, high = _tiles.split(min(width, dv - first))
+        sizes = dict(DV=min(width, dv - first), DV_LOW=low, DV_HIGH=high)
+        each.append({**common, **{name: _tiles.view(x, unit) for name, x in parts.items()}, **sizes})
+    return each, tile, (o, to, lse, mu, o_exact, to_exact)
 
 
-def choose(dtype: torch.dtype, d: int, dv: int, with_tangent: bool, device: torch.device) -> Tile:
-    """The tile of given sizes."""
-    return Tile(64, 64, 4, 2)
+def choose(wide: bool, d: int, dv: int, with_tangent: bool, newer: bool) -> tuple[Tile, int]:
+    """The tile, and how many channels of ``v`` are summed at once. ``newer``: Hopper or later; ``wide``: float32.
+
+    Registers decide: two sums over wide values leave none for scores, which are then computed for each part of ``v``.
+    """
+    return Tile(64, 64, 4, 2), 256
 
 
 def _launch(q: Tensor, *rest) -> tuple:
-    launched, tile, outputs = arguments(q, *rest)
+    each, tile, outputs = launches(q, *rest)
     b, h, m, _ = q.shape
     if m:
         with _tiles.launching(q):
-            _attend[(triton.cdiv(m, tile.rows) * b * h,)](**launched, **tile.options())
+            for arguments in each:
+                _attend[(triton.cdiv(m, tile.rows) * b * h,)](**arguments, **tile.options())
     return outputs
 
 
