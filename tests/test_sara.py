@@ -177,8 +177,8 @@ def test_small_updates_of_a_half_precision_weight_are_not_lost():
         for _ in range(1000):
             sara.delta += 1e-6
             alone += 1e-6
-    gained = (network[0].weight.flatten()[sara.index] - sara.base).float()[large]
-    assert gained.mean() == pytest.approx(1e-3, rel=0.01) and torch.equal(alone[large], sara.base[large])
+    gained = (network[0].weight.detach().flatten()[sara.index] - sara.base).float()[large]
+    assert float(gained.mean()) == pytest.approx(1e-3, rel=0.05) and torch.equal(alone[large], sara.base[large])
 
 
 def test_forward_mode():
