@@ -61,9 +61,17 @@ def fused(device: torch.device) -> bool:
     return reason is None
 
 
-@cache
 def obstacle(device_type: str) -> str | None:
     """Why Triton's kernels do not run on devices of this type, and what to do; ``None`` where they do."""
+    return _obstacle(device_type)
+
+
+# torch.compile takes what it says as given. torch.compiler.assume_constant_result does this, and imports the compiler.
+obstacle._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@cache
+def _obstacle(device_type: str) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed: pip install triton (it comes with CUDA builds of torch)"
     try:

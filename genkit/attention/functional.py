@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from genkit import kernels
-from genkit.attention import autograd, reference
+from genkit.attention import autograd, compiled, reference
 from genkit.attention.inputs import Inputs, check, check_tangents
 
 
@@ -44,7 +44,9 @@ def attention(
             attention, tensors, q, k, v, mask=mask, bias=bias, is_causal=is_causal, scale=scale
         )
     inputs = check(q, k, v, mask, bias, is_causal, scale)
-    return autograd.attention(inputs) if _fused(inputs) else reference.attention(inputs)
+    if not _fused(inputs):
+        return reference.attention(inputs)
+    return compiled.attention(inputs) if torch.compiler.is_compiling() else autograd.attention(inputs)
 
 
 def attention_with_tangent(
@@ -74,9 +76,10 @@ def attention_with_tangent(
     """
     inputs = check(q, k, v, mask, bias, is_causal, scale)
     tangents = check_tangents(inputs, tq, tk, tv, tbias)
-    if _fused(inputs):
-        return autograd.attention_with_tangent(inputs, *tangents)
-    return reference.attention_with_tangent(inputs, *tangents)
+    if not _fused(inputs):
+        return reference.attention_with_tangent(inputs, *tangents)
+    compiling = torch.compiler.is_compiling()
+    return (compiled if compiling else autograd).attention_with_tangent(inputs, *tangents)
 
 
 def fits(*tensors: Tensor) -> bool:

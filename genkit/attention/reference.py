@@ -55,7 +55,7 @@ def _probabilities(inputs: Inputs) -> Tensor:
         s = torch.where(inputs.mask, s, float("-inf"))
     if inputs.mask is None and inputs.bias is None:
         return torch.softmax(s, -1)
-    return torch._safe_softmax(s, -1)  # 0 in rows of -inf, with derivatives
+    return torch.ops.aten._safe_softmax(s, -1)  # 0 in rows of -inf, with derivatives
 
 
 def _scores(q: Tensor, k: Tensor) -> Tensor:
