@@ -8,6 +8,7 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,11 +29,13 @@ __all__ = [
     "backend_names",
     "component_names",
     "execution_device",
+    "has_backend",
     "identifier",
     "prepare_batch",
     "put_component",
     "quiet_construction",
     "restore_component",
+    "set_backend",
     "set_config",
     "without_loading_bars",
     "without_progress_bars",
@@ -186,10 +189,30 @@ def attention_processor(module: nn.Module) -> Any:
     return module.processor if isinstance(module, (Attention, AttentionModuleMixin, MochiAttention)) else None
 
 
+def has_backend(processor: Any) -> bool:
+    """Whether a processor asks the dispatcher for a backend of its own."""
+    return hasattr(processor, "_attention_backend")
+
+
 def accepts_backend(processor: Any, name: str) -> bool:
     """Whether a processor that has a backend may be given this one: some were written for one alone."""
     allowed = getattr(processor, "_SUPPORTED_BACKENDS", None)
     return allowed is None or name in allowed
+
+
+def set_backend(processor: Any, member: Any) -> Callable[[], None]:
+    """Give a processor a backend of its own; return what undoes it.
+
+    Raises:
+        ValueError: the processor splits sequences over devices, which the backend cannot.
+    """
+    parallel = getattr(processor, "_parallel_config", None) is not None
+    if parallel and not _dispatcher()._AttentionBackendRegistry._is_context_parallel_available(member):
+        raise ValueError(f"backend={member.value!r} has no context parallelism, which is on; choose 'native'")
+    name, own = "_attention_backend", vars(processor)  # it may be the class's
+    undo = partial(setattr, processor, name, own[name]) if name in own else partial(delattr, processor, name)
+    processor._attention_backend = member
+    return undo
 
 
 def _dispatcher() -> Any:
@@ -201,7 +224,10 @@ def _dispatcher() -> Any:
     registry = getattr(attention_dispatch, "_AttentionBackendRegistry", None)
     needed = {
         "AttentionBackendName": (enum, ("_member_map_", "_value2member_map_", "_member_names_")),
-        "_AttentionBackendRegistry": (registry, ("register", "_backends", "_active_backend")),
+        "_AttentionBackendRegistry": (
+            registry,
+            ("register", "_backends", "_active_backend", "_is_context_parallel_available"),
+        ),
         "attention_dispatch": (
             attention_dispatch,
             ("_check_attention_backend_requirements", "_maybe_download_kernel_for_backend"),

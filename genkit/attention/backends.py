@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from genkit import kernels
-from genkit._diffusers import add_backend, backend_function
+from genkit._diffusers import add_backend, attention_processor, backend_function, set_backend
 from genkit.attention import conventions
 from genkit.attention.coverage import Coverage, asks_dispatcher, covered, networks
 from genkit.attention.probing import OURS, compute, head_size, names, problem
@@ -33,13 +33,20 @@ class Use:
 
     def __init__(self, backend: dict[str, str], coverage: Coverage, undo: ExitStack):
         self.backend, self.coverage, self._undo = backend, coverage, undo
+        self._classes = [(record.module, type(record.module)) for record in coverage if record.way == "rerouted"]
 
     def restore(self) -> None:
         """Put everything back; a second time does nothing.
 
         Raises:
-            RuntimeError: a later choice was not undone before.
+            RuntimeError: a later change of a module's class, as by another choice, was not undone before.
         """
+        for module, kind in self._classes:
+            if type(module) is not kind:
+                raise RuntimeError(
+                    f"the class of a {kind.__name__} was changed later than its backend; undo that first"
+                )
+        self._classes = []
         self._undo.close()
 
     def __enter__(self) -> "Use":
@@ -155,18 +162,12 @@ def _apply(network: nn.Module, name: str, records: Coverage, stack: ExitStack) -
     if any(record.way != "interface" for record in records):
         member = backend_function(name)[0]
     for record in records:
-        processor: Any = getattr(record.module, "processor", None)
         if record.way == "dispatcher":
-            if getattr(processor, "_parallel_config", None) is not None and name == OURS:
-                raise ValueError(f"{record.name}: backend {OURS!r} has no context parallelism; choose 'native'")
-            own = vars(processor)  # the setting may be the class's
-            if "_attention_backend" in own:
-                stack.callback(setattr, processor, "_attention_backend", own["_attention_backend"])
-            else:
-                stack.callback(delattr, processor, "_attention_backend")
-            processor._attention_backend = member
+            stack.callback(set_backend(attention_processor(record.module), member))
         elif record.way == "rerouted":
-            stack.callback(reroute(record.module, name, function, member if asks_dispatcher(record.module) else None))
+            before = type(record.module)
+            reroute(record.module, name, function, member if asks_dispatcher(record.module) else None)
+            stack.callback(setattr, record.module, "__class__", before)
     if any(record.way == "interface" for record in records):
         from genkit.attention.interface import implement
 

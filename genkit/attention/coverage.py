@@ -100,12 +100,12 @@ def covered(network: nn.Module, backend: str, prefix: str = "") -> Coverage:
 
 
 def _way(module: nn.Module, backend: str) -> tuple[Way | None, str]:
-    from genkit._diffusers import accepts_backend, attention_processor
+    from genkit._diffusers import accepts_backend, attention_processor, has_backend
 
     if isinstance(module, nn.MultiheadAttention):
         return None, "PyTorch computes it within one function"
     processor = attention_processor(module)
-    if processor is not None and hasattr(processor, "_attention_backend"):
+    if processor is not None and has_backend(processor):
         if accepts_backend(processor, backend):
             return "dispatcher", ""
         return None, f"{type(processor).__name__} takes no other backend than its own"

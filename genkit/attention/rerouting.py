@@ -17,31 +17,22 @@ from torch.overrides import TorchFunctionMode
 from genkit._diffusers import active_backend
 
 
-def reroute(module: nn.Module, name: str, compute: Callable[..., Tensor], active: Any = None) -> Callable[[], None]:
-    """Send a module's attention to ``compute``, which is called as PyTorch's own; return what undoes it.
+def reroute(module: nn.Module, name: str, compute: Callable[..., Tensor], active: Any = None) -> None:
+    """Send a module's attention to the backend ``name``; undone by giving the module its class back.
 
-    ``name`` is that of the backend, which ``rerouted_to`` tells.
-
-    ``active`` is the member of Diffusers' dispatcher that is active meanwhile, for code that asks it.
+    Args:
+        compute: the backend, called as PyTorch's own; that itself sends attention back where it belongs.
+        active: the member of Diffusers' dispatcher that is active meanwhile, for code that asks it.
 
     Raises:
-        RuntimeError: something else has changed the module's class since an earlier call; so does the undoing.
+        RuntimeError: something else has changed the module's class since an earlier call.
     """
     before: Any = type(module)
-    changed = f"the class of {before.__name__} was changed after its attention backend; undo the later change first"
     if rerouted_to(module) is not None and "_rerouted" not in vars(before):
-        raise RuntimeError(changed)
+        raise RuntimeError(f"the class of a {before.__name__} was changed later than its backend; undo that first")
     original = getattr(before, "_rerouted", (before,))[0]
     plain = compute is F.scaled_dot_product_attention and active is None
-    after = original if plain else _rerouted(original, name, compute, active)
-
-    def undo() -> None:
-        if type(module) is not after:
-            raise RuntimeError(changed)
-        module.__class__ = before
-
-    module.__class__ = after
-    return undo
+    module.__class__ = original if plain else _rerouted(original, name, compute, active)
 
 
 def rerouted_to(module: nn.Module) -> str | None:

@@ -191,11 +191,29 @@ def test_what_was_done_is_undone_where_a_later_network_fails(tiny_pipeline, monk
 
 def test_uses_undone_in_the_wrong_order_say_so(tiny_pipeline):
     net = build("dit", tiny_pipeline)
+    before = settings(net.module)
     first, second = use(net.module, "genkit"), use(net.module, "_native_math")
-    with pytest.raises(RuntimeError, match="undo the later change first"):
+    with pytest.raises(RuntimeError, match="was changed later than its backend; undo that first"):
         first.restore()
+    assert rerouted_to(net.module.transformer_blocks[0].attn1) == "_native_math"
     second.restore()
-    assert rerouted_to(net.module.transformer_blocks[0].attn1) == "genkit"
+    first.restore()
+    assert settings(net.module) == before
+
+
+def test_a_class_that_something_else_changed_is_not_lost(tiny_pipeline):
+    # As torch.distributed.fsdp.fully_shard does.
+    net = build("dit", tiny_pipeline)
+    chosen = use(net.module, "genkit")
+    attention = net.module.transformer_blocks[0].attn1
+    ours = type(attention)
+    attention.__class__ = type("Sharded", (ours,), {})
+    for change in (chosen.restore, lambda: use(net.module, "_native_math")):
+        with pytest.raises(RuntimeError, match="undo that first"):
+            change()
+    attention.__class__ = ours
+    chosen.restore()
+    assert rerouted_to(attention) is None
 
 
 def test_copies_compute_with_their_own_weights(tiny_pipeline, ours):
