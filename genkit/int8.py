@@ -80,8 +80,8 @@ def quantize(module: nn.Module, how: Quantization = "int8") -> nn.Module:
 
     Args:
         module: frozen; its linear layers are replaced at any depth.
-        how: ``int8``, of this module. ``torchao`` and ``bitsandbytes`` are those packages' weight-only int8 of linear
-            layers, the latter on GPUs; ``none`` leaves all as it is.
+        how: ``int8``, of this module. ``torchao`` is that package's weight-only int8, ``bitsandbytes`` that package's
+            LLM.int8, which rounds what enters layers, too; both are of linear layers. ``none`` leaves all as it is.
 
     Raises:
         ValueError: an unknown way, a package that is not installed, a layer that trains.

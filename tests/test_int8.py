@@ -63,6 +63,18 @@ def test_it_is_saved_and_moved_like_any_module():
     assert small.double()(x.double()).dtype == torch.float64
 
 
+@pytest.mark.parametrize("package", ["torchao", "bitsandbytes"])
+def test_other_packages_where_they_are_installed(package):
+    pytest.importorskip(package)
+    net = nn.Sequential(nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 8)).requires_grad_(False)
+    x = torch.randn(3, 64)
+    before = net(x)
+    after = int8.quantize(net, package)(x)
+    assert 0 < (after - before).abs().max() < 0.02
+    with pytest.raises(ValueError, match="the layer 0 is quantised by another package"):
+        int8.restore(net)
+
+
 def test_bad_input(monkeypatch):
     with pytest.raises(ValueError, match="quantization='int4'.*Accepted"):
         int8.quantize(network(), "int4")
