@@ -8,11 +8,11 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
 from genkit.denoisers.base import Prediction
+from genkit.guidance import arithmetic
 from genkit.guidance.base import Guider, check_range
 from genkit.interpolants import expand
 from genkit.registry import unknown
 
-_TERMS = 256
 FORMULATIONS = ("paper", "diffusers", "comfyui")
 
 
@@ -96,45 +96,46 @@ class APG(Guider):
         cond, uncond, w = parts["cond"], parts["uncond"], self.guidance_scale
         plain = self.eta == 1 and self.norm_threshold == 0 and self.momentum == 0
         if plain and self.formulation != "comfyui":
-            return cond.with_raw((cond.raw - uncond.raw).mul_(w).add_(uncond.raw)), state
+            return cond.with_raw(arithmetic.cfg(cond.raw, uncond.raw, w, None)), state
         if self.formulation != "diffusers" and cond.prediction_type != "sample" and _at_data(cond):
             return cond, state  # there the network's input is the clean sample: nothing is left to guide
-        reference, push = self._push(parts)
-        if self.momentum:
-            state = self._advance(push, cond.t, state)
-            push = state.after
-        dims = self._axes(push)
-        norm, length = dot(push, push, dims).sqrt(), dot(reference, reference, dims)
-        along = dot(push, reference, dims) / length.where(length > 0, 1)
-        cap = (self.norm_threshold / norm).clamp(max=1) if self.norm_threshold else torch.ones_like(norm)
-        cosine = along * length.sqrt() / norm.where(norm > 0, 1)
-        self.note(norm=_per_sample(norm), cosine=_per_sample(cosine), capped=_per_sample((cap < 1).to(cap.dtype)))
+        reference, factor = self._space(cond)
+        before = self._before(cond.t, state) if self.momentum else None
         gain = w if self.formulation in ("diffusers", "comfyui") else w - 1
-        away, orthogonal = (gain * (self.eta - 1) * cap * along).to(push.dtype), (gain * cap).to(push.dtype)
-        update = (push * orthogonal).addcmul_(reference, away)
+        update, push, norm, cosine, cap = arithmetic.apg(
+            cond.raw,
+            uncond.raw,
+            reference,
+            factor,
+            before,
+            self.norm_threshold or None,
+            gain,
+            gain * (self.eta - 1),
+            momentum=self.momentum,
+            dims=self._axes(reference),
+        )
+        self.note(norm=_per_sample(norm), cosine=_per_sample(cosine), capped=_per_sample((cap < 1).to(cap.dtype)))
+        if self.momentum:
+            state = Momentum(cond.t, before, push)
         if self.formulation == "diffusers":
             return cond.with_raw((uncond.raw + update).to(cond.raw.dtype)), state
         return cond.moved(update), state
 
-    def _push(self, parts) -> tuple[Tensor, Tensor]:
-        """The conditional prediction and its difference from the unconditional one, in the space of the rule."""
-        cond, uncond = parts["cond"], parts["uncond"]
+    def _space(self, cond: Prediction) -> tuple[Tensor, Tensor | None]:
+        """The conditional prediction in the space of the rule, and the factor of a difference on its way there."""
         wide = torch.promote_types(cond.raw.dtype, torch.float32)
-        difference = cond.raw.to(wide) - uncond.raw.to(wide)
         if self.formulation == "diffusers":
-            return cond.raw.to(wide), difference
+            return cond.raw.to(wide), None
         # Conversions are linear, so that of the difference is a factor: near the data x would swamp it.
         factor = cond.interpolant.convert(
             torch.ones_like(cond.t), cond.prediction_type, "sample", torch.zeros_like(cond.t), cond.t
         )
-        return cond.sample.to(wide), difference.mul_(expand(factor, difference).to(difference))
+        return cond.sample.to(wide), expand(factor, cond.raw).to(cond.raw.device, wide)
 
-    def _advance(self, push: Tensor, t: Tensor, state: Momentum | None) -> Momentum:
+    def _before(self, t: Tensor, state: Momentum | None) -> Tensor | None:
         if state is None:
-            before = None
-        else:
-            before = state.before if torch.equal(state.t, t) else state.after
-        return Momentum(t, before, push if before is None else torch.add(push, before, alpha=self.momentum))
+            return None
+        return state.before if torch.equal(state.t, t) else state.after
 
     def _axes(self, x: Tensor) -> tuple[int, ...]:
         if self.dims is not None:
@@ -143,18 +144,6 @@ class APG(Guider):
             return tuple(range(max(1, x.ndim - 3), x.ndim))
         frames = {2} if x.ndim == 5 and self.formulation == "paper" else set()
         return tuple(d for d in range(1, x.ndim) if d not in frames)
-
-
-def dot(x: Tensor, y: Tensor, dims: Sequence[int]) -> Tensor:
-    """``<x, y>`` over ``dims``, which stay as axes of size 1; in float64 beyond 256 terms, fast."""
-    kept = [d for d in range(x.ndim) if d not in {a % x.ndim for a in dims}]
-    shape = [n if d in kept else 1 for d, n in enumerate(x.shape)]
-    if kept != [0] or x[0].numel() % _TERMS:
-        wide = torch.float32 if x.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
-        return (x * y).sum(list(dims), keepdim=True, dtype=wide)
-    x, y = (v.reshape(len(v), -1, _TERMS) for v in (x, y))
-    total = torch.linalg.vecdot(x, y)
-    return total.to(total.dtype if x.device.type == "mps" else torch.float64).sum(1).view(shape)
 
 
 def _per_sample(x: Tensor) -> Tensor:

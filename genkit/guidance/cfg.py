@@ -1,8 +1,8 @@
 """Classifier-free guidance."""
 
 from diffusers.configuration_utils import register_to_config
-from torch import Tensor
 
+from genkit.guidance import arithmetic
 from genkit.guidance.base import Guider, check_range
 
 
@@ -45,14 +45,6 @@ class CFG(Guider):
         self.guidance_rescale = guidance_rescale
 
     def combine(self, parts, state):
-        cond, uncond = parts["cond"].raw, parts["uncond"].raw
-        guided = (cond - uncond).mul_(self.guidance_scale).add_(uncond)  # in place: as fast as memory allows
-        if self.guidance_rescale:
-            factor = _std(cond) / _std(guided)
-            guided = guided + self.guidance_rescale * (guided * (factor - 1)).to(guided.dtype)
-        return parts["cond"].with_raw(guided), state
-
-
-def _std(x: Tensor) -> Tensor:
-    x = x.double() if x.dtype.itemsize > 4 else x.float()
-    return x.std(dim=tuple(range(1, x.ndim)), keepdim=True)
+        cond = parts["cond"]
+        guided = arithmetic.cfg(cond.raw, parts["uncond"].raw, self.guidance_scale, self.guidance_rescale or None)
+        return cond.with_raw(guided), state

@@ -8,7 +8,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
 from genkit.denoisers.base import Condition, Prediction
-from genkit.guidance.apg import dot
+from genkit.guidance.arithmetic import dot
 from genkit.guidance.base import Guider, Point, check_range, within
 from genkit.guidance.rule import inner_rule
 from genkit.interpolants import Interpolant, Linear, expand
