@@ -141,7 +141,8 @@ def _try(called: str, name: str, sizes: tuple[Size, ...], tangent: bool, gradien
 @cache
 def _fastest(sizes: tuple[Size, ...], tangent: bool, gradient: bool, mode: str, deterministic: bool) -> tuple[str, str]:
     if tangent:
-        return OURS, "which carries tangents"
+        fused = sizes and all(kernels.fused(device) for device, _, _ in sizes)
+        return OURS, f"which carries tangents, and is {'fused' if fused else 'eager'} here"
     reasons = ["where PyTorch chooses among its kernels"]
     if sizes and all(_hopper_or_blackwell(device) for device, _, _ in sizes):
         tried = ((size, masked) for size in sizes for masked in (False, True))

@@ -359,7 +359,7 @@ def test_auto_on_a_cpu(tiny_pipeline, said):
     logged = [record.getMessage() for record in said.records]
     assert logged == [
         "attention of DiTTransformer2DModel: auto takes 'native', where PyTorch chooses among its kernels",
-        "attention of DiTTransformer2DModel: auto takes 'genkit', which carries tangents",
+        "attention of DiTTransformer2DModel: auto takes 'genkit', which carries tangents, and is eager here",
     ]
 
 

@@ -9,6 +9,7 @@ from transformers import LlamaModel
 
 from genkit import kernels
 from genkit.attention import sdpa, use
+from genkit.training.parts.forward_mode import exact_jvp
 from tests.attention._networks import NAMES, build
 
 
@@ -70,6 +71,19 @@ def test_networks_agree_with_math_attention(tiny_pipeline, name):
         assert_same(derivatives(net), expected)
     with pytest.raises(NotImplementedError, match="forward AD"):
         derivatives(net)
+
+
+@pytest.mark.parametrize("how", ["func", "dual"])
+@pytest.mark.parametrize("name", ["flux", "dit", "llama"])
+def test_trainers_differentiate_through_it(tiny_pipeline, name, how):
+    net = build(name, tiny_pipeline)
+    arguments = net.call, (net.x,), (torch.ones_like(net.x),)
+    with torch.no_grad():
+        expected = exact_jvp(*arguments, "func")
+        with use(net.module, tangent=True):
+            got = exact_jvp(*arguments, how)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_kernels_in_a_network_agree_with_math_attention(tiny_pipeline, monkeypatch):
