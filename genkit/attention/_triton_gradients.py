@@ -291,14 +291,15 @@ def _write_bias(x, total, batch, index, row, key, M, N, ONE_ROW: tl.constexpr, O
     if x is not None:
         if ONE_ROW:
             total = tl.sum(total, 0, keep_dims=True)
-            row = tl.min(row, 0, keep_dims=True)
         if ONE_KEY:
             total = tl.sum(total, 1, keep_dims=True)
             key = tl.min(key, 1, keep_dims=True)
         at = x[0] + batch.to(tl.int64) * x[1] + index.to(tl.int64) * x[2] + key.to(tl.int64) * x[4]
+        inside = key < N
         if not ONE_ROW:
             at += row.to(tl.int64) * x[3]
-        tl.store(at, rounded(total, x[0].dtype.element_ty), mask=(row < M) & (key < N))
+            inside = inside & (row < M)
+        tl.store(at, rounded(total, x[0].dtype.element_ty), mask=inside)
 
 
 @triton.jit
