@@ -1,4 +1,4 @@
-"""What it costs to average the weights of DiT-B/2 (130 million in 197 tensors), beside loops over the tensors.
+"""What it costs to average the weights of DiT-B/2 (130 million), beside loops over the tensors.
 
 One thread, the candidates taking turns. ``mul_, add_`` moves an average in place in two passes, ``Diffusers`` is its
 EMAModel as it comes. The speed of copying the averages tells what the memory allows: what moves an average reads it,
@@ -18,17 +18,10 @@ import torch
 from _common import paired, ratio, report
 from torch import Tensor
 
+from genkit.networks.dit import DiT
 from genkit.training.ema import EMA
 
 DECAY, ROUNDS = 0.9999, 9
-
-
-def dit(width: int = 768, depth: int = 12, patch: int = 16, classes: int = 1001) -> list[tuple[int, ...]]:
-    """Shapes of a DiT's weights; DiT-B/2 unless told otherwise."""
-    block = [(3 * width, width), (3 * width,), (width, width), (width,), (4 * width, width), (4 * width,)]
-    block += [(width, 4 * width), (width,), (6 * width, width), (6 * width,)]
-    ends = [(width, patch), (width,), (width, 256), (width,), (width, width), (width,), (classes, width)]
-    return [*ends, *block * depth, (2 * width, width), (2 * width,), (2 * patch, width), (2 * patch,)]
 
 
 def loop(averages: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
@@ -38,9 +31,11 @@ def loop(averages: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
 
 def main() -> None:
     rows, bounds = [], {}
+    with torch.device("meta"):
+        network = DiT(sample_size=32, in_channels=4, hidden_size=768, num_layers=12, num_heads=12)
     for dtype, decays in ((torch.float32, [DECAY]), (torch.float32, [DECAY, 0.999, 0.99]), (torch.bfloat16, [DECAY])):
         generator = torch.Generator().manual_seed(0)
-        weights = [torch.randn(shape, generator=generator).to(dtype) for shape in dit()]
+        weights = [torch.randn(p.shape, generator=generator).to(dtype) for p in network.parameters()]
         ema = EMA({str(i): w for i, w in enumerate(weights)}, decays)
         averages = [w.to(torch.float32, copy=True) for w in weights]
         elsewhere = [torch.empty_like(a) for a in averages]
@@ -54,7 +49,7 @@ def main() -> None:
             theirs = diffusers.training_utils.EMAModel(trained, decay=DECAY)
             candidates["Diffusers"] = lambda theirs=theirs, w=trained: theirs.step(w)
         times = paired(candidates, rounds=ROUNDS)
-        kind = f"{str(dtype).removeprefix('torch.')}, {len(decays)} averages"
+        kind = f"{str(dtype).removeprefix('torch.')}, averages: {len(decays)}"
         row = {"weights": kind} | {f"{name}, ms": 1e3 * min(s) for name, s in times.items() if name != "Diffusers"}
         row["Diffusers, ms"] = 1e3 * min(times["Diffusers"]) if "Diffusers" in times else ""
         rows.append(row)

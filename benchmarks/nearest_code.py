@@ -1,9 +1,9 @@
 """What it costs to find the nearest code, beside torch.cdist and vector-quantize-pytorch.
 
-Vectors and codes are normal. Seconds are of one CPU thread (or of a GPU, where there is one), the candidates taking
-turns. The peak is that of a process of its own, beyond its imports, the codebook included. The other library's is the
-forward of its quantizer in eval mode. At 256 channels the product of the matrices is most of the work, of torch.cdist
-too; ours is quicker there on CPUs that multiply bfloat16, whose answers are then made sure of.
+Vectors and codes are normal. Seconds are of one CPU thread, the candidates taking turns (for GPUs see
+benchmarks/gpu/fused.py). The peak is that of a process of its own, beyond its imports, the codebook included. The other
+library's is the forward of its quantizer in eval mode. At 256 channels the product of the matrices is most of the work,
+of torch.cdist too; ours is quicker there on CPUs that multiply bfloat16, whose answers are then made sure of.
 
 Bounds: at 262,144 codes at least twice as fast as either, with a peak below 1 GB; ours equal to float64's.
 
@@ -28,7 +28,6 @@ except ImportError:  # the table then lacks its column
 
 CASES = [(16_384, 1024, 8), (16_384, 1024, 256), (262_144, 512, 8), (262_144, 512, 256)]  # K, N, D
 ROUNDS, CHECKED = 3, 16
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 # In a process that imports nothing else. What getrusage tells would begin with that of the process that started it.
 ALONE = """
@@ -36,18 +35,16 @@ import re, torch
 from genkit.quantizers.search import nearest_codes
 torch.set_num_threads(1)
 def peak():
-    if "{device}" == "cuda":
-        return torch.cuda.max_memory_allocated()
     return 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
 before = peak()
-nearest_codes(torch.randn({n}, {d}, device="{device}"), torch.randn({k}, {d}, device="{device}"))
+nearest_codes(torch.randn({n}, {d}), torch.randn({k}, {d}))
 print(peak() - before)
 """
 
 
 def peak(k: int, n: int, d: int) -> float:
-    """GB of a process that searches, the codebook included but no imports; on a GPU, of its memory."""
-    script = ALONE.format(k=k, n=n, d=d, device=DEVICE)
+    """GB of a process that searches, the codebook included but no imports."""
+    script = ALONE.format(k=k, n=n, d=d)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     return int(done.stdout) / 1e9
 
@@ -75,8 +72,8 @@ def main() -> None:
     rows, bounds = [], {}
     for k, n, d in CASES:
         generator = torch.Generator().manual_seed(0)
-        codebook = torch.randn(k, d, generator=generator).to(DEVICE)
-        z = torch.randn(n, d, generator=generator).to(DEVICE)
+        codebook = torch.randn(k, d, generator=generator)
+        z = torch.randn(n, d, generator=generator)
         finders: dict[str, Callable[[Tensor], Tensor]] = {
             "genkit": lambda z, codebook=codebook: nearest_codes(z, codebook),
             "cdist": lambda z, codebook=codebook: torch.cdist(z, codebook).argmin(1),

@@ -17,7 +17,7 @@ from pathlib import Path
 from _measure import Row, main
 
 ROOT = Path(__file__).parents[2]
-PARTS = ("tests/gpu/run.py", "benchmarks/gpu/attention.py", "benchmarks/gpu/training_step.py")
+PARTS = ("tests/gpu/run.py", *(f"benchmarks/gpu/{name}.py" for name in ("attention", "training_step", "fused")))
 # Their bodies are interpreted where there is no GPU, and compiled where there is one.
 TESTS = ("tests/attention", "tests/quantizers", "tests/training/test_ema.py")
 LIMIT = 480  # seconds a part
