@@ -20,6 +20,8 @@ class Int8Weight(nn.Module, ABC):
     ``weight`` is made anew at every use, in the dtype that it had, and is no parameter: it does not train.
     """
 
+    bias: Tensor | None
+
     def __init__(self, layer: nn.Linear | nn.Conv2d):
         super().__init__()
         weight = layer.weight.detach()
@@ -28,7 +30,8 @@ class Int8Weight(nn.Module, ABC):
         # Parameters, not buffers, which DDP would send around at every step.
         self.values = nn.Parameter((weight.float() / scale).round().to(torch.int8), requires_grad=False)
         self.scale = nn.Parameter(scale.to(weight.dtype), requires_grad=False)
-        self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().clone(), requires_grad=False)
+        bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().clone(), requires_grad=False)
+        self.register_parameter("bias", bias)
 
     @property
     def weight(self) -> Tensor:
@@ -40,7 +43,8 @@ class Int8Weight(nn.Module, ABC):
 
     def _put(self, layer: nn.Module) -> nn.Module:
         layer.weight = nn.Parameter(self.weight, requires_grad=False)
-        layer.bias = None if self.bias is None else nn.Parameter(self.bias.clone(), requires_grad=False)
+        bias = None if self.bias is None else nn.Parameter(self.bias.clone(), requires_grad=False)
+        layer.register_parameter("bias", bias)
         return layer
 
 

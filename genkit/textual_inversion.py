@@ -62,6 +62,8 @@ class Embedding(nn.Module):
 class Row(nn.Module):
     """An embedding table of which one row is looked up elsewhere; ``index`` may lie beyond its end."""
 
+    value: Tensor
+
     def __init__(self, name: str, table: nn.Embedding, index: int, start: Tensor):
         super().__init__()
         self.name, self.table, self.index = name, table, index

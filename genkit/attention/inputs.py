@@ -38,12 +38,11 @@ def check(
         lower = torch.get_autocast_dtype(kind)
         q, k, v = (x.to(lower) if x.dtype != torch.float64 else x for x in (q, k, v))
         bias = bias.to(lower) if bias is not None and bias.dtype != torch.float64 else bias
-    for name, x in (("k", k), ("v", v), ("bias", bias)):
-        if x is not None and x.dtype != q.dtype:
-            raise ValueError(f"q is {q.dtype} and {name} is {x.dtype}; give both in one dtype")
-    for name, x in (("k", k), ("v", v), ("mask", mask), ("bias", bias)):
-        if x is not None and x.device != q.device:
-            raise ValueError(f"q is on {q.device} and {name} on {x.device}; bring both to one device")
+    for name, other in (("k", k), ("v", v), ("mask", mask), ("bias", bias)):
+        if other is not None and name != "mask" and other.dtype != q.dtype:
+            raise ValueError(f"q is {q.dtype} and {name} is {other.dtype}; give both in one dtype")
+        if other is not None and other.device != q.device:
+            raise ValueError(f"q is on {q.device} and {name} on {other.device}; bring both to one device")
     if not q.is_floating_point():
         raise ValueError(f"q is {q.dtype}; expected a floating-point dtype")
     b, h, m, d = q.shape
@@ -85,7 +84,7 @@ def check_tangents(inputs: Inputs, tq: Tensor | None, tk: Tensor | None, tv: Ten
         tbias = _broadcast("tbias", tbias, tuple(inputs.bias.shape)).expand(inputs.bias.shape)  # type: ignore[union-attr]
     moved = []
     for name, x, tx in zip(("q", "k", "v", "bias"), (*inputs[:3], inputs.bias), (tq, tk, tv, tbias), strict=True):
-        if tx is not None:
+        if x is not None and tx is not None:
             if tx.shape != x.shape:
                 raise ValueError(f"{name} has shape {tuple(x.shape)} and its tangent {tuple(tx.shape)}; give one shape")
             if tx.device != x.device:
