@@ -21,7 +21,7 @@ from genkit.attention.inputs import Inputs
 def attention(inputs: Inputs, kernels: ModuleType | None = None) -> Tensor:
     """``o``, by the functions of ``kernels``."""
     q, k, v, mask, bias, options = inputs
-    return Attention.apply(q, k, v, bias, mask, options, kernels or _triton())[0]
+    return Attention.apply(q, k, v, bias, mask, options, kernels or _triton(), torch.is_grad_enabled())[0]
 
 
 def attention_with_tangent(
@@ -49,12 +49,12 @@ class Attention(Function):
     """``(q, k, v, bias, mask) -> (o, lse)``; ``lse`` is of scores, in natural logarithms, without derivative."""
 
     @staticmethod
-    def forward(q, k, v, bias, mask, options, kernels):
+    def forward(q, k, v, bias, mask, options, kernels, recording):
         return kernels.forward(q, k, v, bias, mask, options)
 
     @staticmethod
     def setup_context(ctx: FunctionCtx, inputs: Any, output: Any) -> None:
-        q, k, v, bias, mask, ctx.options, ctx.kernels = inputs  # type: ignore[attr-defined]
+        q, k, v, bias, mask, ctx.options, ctx.kernels, ctx.recording = inputs  # type: ignore[attr-defined]
         o, lse = output
         ctx.mark_non_differentiable(lse)
         ctx.set_materialize_grads(False)
@@ -64,18 +64,18 @@ class Attention(Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, _) -> Any:
         if g is None:
-            return (None,) * 7
+            return (None,) * 8
         q, k, v, bias, mask, o, lse = ctx.saved_tensors
         needs_bias = ctx.needs_input_grad[3]
         grads = _Once.apply(ctx.kernels.backward, q, k, v, bias, mask, o, lse, g, ctx.options, needs_bias)
-        return *grads, None, None, None
+        return *grads, None, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, tq, tk, tv, tbias, *_) -> Any:
         q, k, v, bias, mask, lse = ctx.saved_tensors
-        precise = torch.is_grad_enabled()
-        arguments = (q, k, v, bias, mask, lse, tq, tk, tv, tbias, ctx.options, ctx.kernels, precise)
-        return Tangent.apply(*arguments)[0], None
+        arguments = (q, k, v, bias, mask, lse, tq, tk, tv, tbias, ctx.options, ctx.kernels, ctx.recording)
+        with torch.set_grad_enabled(ctx.recording):  # torch.func turns gradients on before it comes here
+            return Tangent.apply(*arguments)[0], None
 
 
 class Tangent(Function):

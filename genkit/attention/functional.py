@@ -1,5 +1,7 @@
 """``attention`` and ``attention_with_tangent``: checked, then eager or fused."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
@@ -7,6 +9,12 @@ from torch.overrides import handle_torch_function, has_torch_function
 from genkit import kernels
 from genkit.attention import autograd, compiled, reference
 from genkit.attention.inputs import Inputs, check, check_tangents
+
+
+# Modules of genkit load when something of them is asked for, which had better not be within torch.compile.
+_EAGER, _FUSED, _COMPILED = (
+    (module.attention, module.attention_with_tangent) for module in (reference, autograd, compiled)
+)
 
 
 def attention(
@@ -44,9 +52,7 @@ def attention(
             attention, tensors, q, k, v, mask=mask, bias=bias, is_causal=is_causal, scale=scale
         )
     inputs = check(q, k, v, mask, bias, is_causal, scale)
-    if not _fused(inputs):
-        return reference.attention(inputs)
-    return compiled.attention(inputs) if torch.compiler.is_compiling() else autograd.attention(inputs)
+    return _ways(inputs)[0](inputs)
 
 
 def attention_with_tangent(
@@ -76,15 +82,18 @@ def attention_with_tangent(
     """
     inputs = check(q, k, v, mask, bias, is_causal, scale)
     tangents = check_tangents(inputs, tq, tk, tv, tbias)
-    if not _fused(inputs):
-        return reference.attention_with_tangent(inputs, *tangents)
-    compiling = torch.compiler.is_compiling()
-    return (compiled if compiling else autograd).attention_with_tangent(inputs, *tangents)
+    return _ways(inputs)[1](inputs, *tangents)
 
 
 def fits(*tensors: Tensor) -> bool:
     """Whether there is a kernel for as many channels a head."""
     return all(x.shape[-1] % 8 == 0 and 16 <= x.shape[-1] <= 256 for x in tensors)
+
+
+def _ways(inputs: Inputs) -> tuple[Callable, Callable]:
+    if not _fused(inputs):
+        return _EAGER
+    return _COMPILED if torch.compiler.is_compiling() else _FUSED
 
 
 def _fused(inputs: Inputs) -> bool:

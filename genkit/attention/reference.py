@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from genkit.attention.inputs import Inputs
 
@@ -53,9 +54,15 @@ def _probabilities(inputs: Inputs) -> Tensor:
         s = torch.where(seen, s, float("-inf"))
     if inputs.mask is not None:
         s = torch.where(inputs.mask, s, float("-inf"))
+    if forward_ad._current_level >= 0:
+        # The rule of softmax overwrites what the gradient of the tangent needs, outside of torch.func.
+        high = s.detach().amax(-1, keepdim=True)  # cancels, so it is a constant
+        e = torch.exp(s - torch.where(high == float("-inf"), 0.0, high))
+        total = e.sum(-1, keepdim=True)
+        return e / torch.where(total == 0, 1.0, total)
     if inputs.mask is None and inputs.bias is None:
         return torch.softmax(s, -1)
-    return torch.ops.aten._safe_softmax(s, -1)  # 0 in rows of -inf, with derivatives
+    return torch.ops.aten._safe_softmax(s, -1)  # 0 in rows of -inf
 
 
 def _scores(q: Tensor, k: Tensor) -> Tensor:
