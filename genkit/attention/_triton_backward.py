@@ -94,7 +94,7 @@ def launches(
 
     arguments = {**{name: _tiles.view(x, unit) for name, x in rows.items()}, **sums, **channels}
     plan = [Launch(row_sums, _over(m, 32) * b * heads, {**arguments, "M": m, "HEADS": heads, "ROWS": 32}, {})]
-    for names in _together(width, h is not None):
+    for names in _together(q.dtype, width, h is not None):
         outputs = {name: _tiles.view(of[name], unit) if name in names else None for name in ("dk", "dv", "dtk", "dtv")}
         if any(outputs.values()):
             plan.append(launch(of_keys, _over(n, tiles.keys.keys) * b * shared, tiles.keys, HEADS=shared, **outputs))
@@ -108,13 +108,45 @@ def launches(
     return plan, (dq, dk, dv, dbias, dtq, dtk, dtv, dtbias)
 
 
-def choose(dtype: torch.dtype, width: int, with_tangent: bool, shared: int) -> Tiles:
-    """Tiles for ``width`` channels, the largest of which no accumulator leaves registers, within ``shared`` bytes.
+# Up to so many channels: the tile of which keys are kept and queries passed, and the other way round, such that sums
+# stay in registers, which was seen by compiling. Hopper's products take 64 of what is kept for every 4 warps.
+_HOPPER = {
+    64: (Tile(32, 128, 8, 2), Tile(128, 64, 8, 2)),
+    128: (Tile(32, 128, 8, 2), Tile(128, 32, 8, 2)),
+    256: (Tile(16, 64, 8, 2), Tile(64, 16, 8, 2)),
+}
+_HOPPER_WITHOUT_TANGENT = {
+    128: (Tile(64, 128, 8, 2), Tile(128, 64, 8, 2)),
+    256: (Tile(32, 64, 8, 2), Tile(64, 32, 8, 2)),
+}
+_OTHERS = {
+    64: (Tile(64, 32, 4, 2), Tile(64, 32, 4, 2)),
+    128: (Tile(64, 32, 4, 2), Tile(32, 32, 4, 2)),
+    256: (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+}
+_OTHERS_WITHOUT_TANGENT = {
+    64: (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
+    128: (Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
+    256: (Tile(32, 32, 8, 2), Tile(32, 32, 4, 2)),
+}
+_IN_FLOAT32 = {256: (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1))}
 
-    What a program keeps is on one side of the scores, what it goes through on the other: keys and queries of a key
-    tile, queries and keys of a query tile, one of each for a tile of the bias.
-    """
-    return Tiles(Tile(32, 64, 4, 2), Tile(64, 32, 4, 2), Tile(32, 32, 4, 1))
+
+def choose(dtype: torch.dtype, width: int, with_tangent: bool, shared: int) -> Tiles:
+    """Tiles for ``width`` channels of ``dtype`` where a block has ``shared`` bytes of shared memory."""
+    if dtype == torch.float32:
+        table = _IN_FLOAT32
+    elif shared > 200 * 1024:
+        table = _HOPPER if with_tangent else _HOPPER_WITHOUT_TANGENT
+    else:
+        table = _OTHERS if with_tangent else _OTHERS_WITHOUT_TANGENT
+    fitting = []
+    for rows, keys, warps, stages in (*next(table[most] for most in table if width <= most), Tile(64, 32, 4, 1)):
+        token = width * dtype.itemsize * (4 if with_tangent else 2) * 9 // 8  # bytes, with what is exchanged
+        while (rows + keys) * token > shared and max(rows, keys) > 16:
+            rows, keys, warps = (rows // 2, keys, 4) if rows > keys else (rows, keys // 2, 4)
+        fitting.append(Tile(rows, keys, warps, stages))
+    return Tiles(*fitting)
 
 
 def capacity(device: torch.device) -> int:
@@ -124,11 +156,11 @@ def capacity(device: torch.device) -> int:
     )
 
 
-def _together(width: int, with_tangent: bool) -> tuple[tuple[str, ...], ...]:
+def _together(dtype: torch.dtype, width: int, with_tangent: bool) -> tuple[tuple[str, ...], ...]:
     """Which gradients of keys are computed in one pass: as many as registers hold sums of."""
     if not with_tangent or width <= 64:
         return (("dk", "dv", "dtk", "dtv"),)
-    if width <= 128:
+    if width <= 128 and dtype != torch.float32:
         return ("dk", "dtk"), ("dv", "dtv")
     return ("dk", "dtk"), ("dv",), ("dtv",)
 
