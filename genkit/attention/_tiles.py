@@ -48,8 +48,15 @@ def split(channels: int) -> tuple[int, int]:
 
 
 def unit_stride(*tensors: Tensor | None) -> list[Tensor | None]:
-    """Each tensor, copied where neighbouring channels are not neighbours in memory."""
-    return [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in tensors]
+    """Each tensor, as memory has it: copied where neighbouring channels are not neighbours, or zeros have no memory."""
+    return [x if x is None else _in_memory(x) for x in tensors]
+
+
+def _in_memory(x: Tensor) -> Tensor:
+    if x._is_zerotensor():  # what forward mode makes of tangents that are known to be 0
+        return torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+    x = x.resolve_neg()
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def unit(*tensors: Tensor | None) -> int:
@@ -64,17 +71,26 @@ def view(x: Tensor | None, unit: int = 1) -> tuple | None:
 
 
 def grid_view(x: Tensor | None) -> tuple | None:
-    """``(pointer, batch, head, row, key stride)`` of a mask or bias: 0 where broadcast, for rows ``None``: a vector."""
+    """``(pointer, batch, head, row, key stride, far)`` of a mask or bias: strides are 0 where it is broadcast.
+
+    That of rows is then ``None``: a vector of keys. ``far``: whether offsets in a head exceed 32 bits, else ``None``.
+    """
     if x is None:
         return None
     b, h, m, n = (0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True))
-    return (x.view(torch.uint8) if x.dtype == torch.bool else x), b, h, m or None, n
+    far = (x.shape[2] - 1) * m + (x.shape[3] - 1) * n >= 2**31
+    return (x.view(torch.uint8) if x.dtype == torch.bool else x), b, h, m or None, n, 1 if far else None
 
 
 def rows_like(q: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
     """Empty ``(B, H, M, channels)``, in memory ``(B, M, H, channels)``, so that merging heads copies nothing."""
     b, h, m, _ = q.shape
     return q.new_empty(b, m, h, channels, dtype=dtype).transpose(1, 2)
+
+
+def capacity(device: torch.device) -> int:
+    """Shared memory that a block of threads can have, in bytes."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else 232448
 
 
 def launching(x: Tensor) -> AbstractContextManager:
@@ -196,11 +212,15 @@ def grid(x, batch, index, row, key, M, N):
 
     Shape: theirs, without the rows' extent where all rows have the same entries.
     """
-    at = x[0] + batch.to(tl.int64) * x[1] + index.to(tl.int64) * x[2] + key.to(tl.int64) * x[4]
+    at = x[0] + batch.to(tl.int64) * x[1] + index.to(tl.int64) * x[2]
     inside = key < N
+    if x[5] is not None:
+        row, key = row.to(tl.int64), key.to(tl.int64)
     if x[3] is not None:
-        at = at + row.to(tl.int64) * x[3]
+        at = at + (row * x[3] + key * x[4])
         inside = inside & (row < M)
+    else:
+        at = at + key * x[4]
     return tl.load(at, mask=inside, other=0)
 
 

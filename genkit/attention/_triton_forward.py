@@ -73,8 +73,9 @@ def forward_with_tangent(
 
 
 def launches(
-    q, k, v, bias, mask, lse, tq, tk, tv, tbias, options: Options, with_tangent: bool, precise: bool, tile: Tile | None
-) -> tuple[list[dict], Tile, tuple]:
+    q, k, v, bias, mask, lse, tq, tk, tv, tbias, options: Options, with_tangent: bool, precise: bool,
+    tile: Tile | None, shared: int,
+) -> tuple[list[dict], Tile, tuple]:  # fmt: skip
     """Arguments of each launch, their tile, and what they fill: ``(o, to, lse, mu, o, to)``, absent ones ``None``."""
     b, h, m, d = q.shape
     n, dv = v.shape[2:]
@@ -94,14 +95,16 @@ def launches(
     moves = tq is not None or tk is not None or tbias is not None
     of_keys, of_values = dict(q=q, k=k, tq=tq, tk=tk), dict(v=v, tv=tv, o=o, to=to, o_exact=o_exact, to_exact=to_exact)
     unit = _tiles.unit(*of_keys.values(), *of_values.values())
-    newer = q.device.type != "cuda" or torch.cuda.get_device_capability(q.device) >= (9, 0)
-    chosen, width = choose(wide, d, dv, with_tangent, newer)
+    chosen, width = choose(wide, d, dv, with_tangent, shared)
+    grids = {name: _tiles.grid_view(x) for name, x in dict(mask=mask, bias=bias, tbias=tbias).items()}
+    if any(x is not None and x[3] is not None for x in grids.values()):  # their entries take registers, too
+        chosen = chosen._replace(keys=min(chosen.keys, 32))
     tile = tile or (Tile(64, 64, 4, 1) if interpreted() else chosen)
     d_low, d_high = _tiles.split(d)
     common = {
         **{name: _tiles.view(x, unit) for name, x in of_keys.items()},
         **{name: _tiles.view(x) for name, x in dict(lse=lse, mu=mu).items()},
-        **{name: _tiles.grid_view(x) for name, x in dict(mask=mask, bias=bias, tbias=tbias).items()},
+        **grids,
         **dict(M=m, N=n, HEADS=h, GROUP=h // k.shape[1], log2_scale=scale * LOG2E.value, scale=scale),
         **dict(GIVEN=given, TANGENT=with_tangent, MOVES=moves, VALUES=not given or moves or precise),
         **dict(CAUSAL=options.is_causal, UNIT=unit, WHOLE=n % tile.keys == 0, ROWS=tile.rows, KEYS=tile.keys),
@@ -116,21 +119,55 @@ def launches(
     return each, tile, (o, to, lse, mu, o_exact, to_exact)
 
 
-def choose(wide: bool, d: int, dv: int, with_tangent: bool, newer: bool) -> tuple[Tile, int]:
-    """The tile, and how many channels of ``v`` are summed at once. ``newer``: Hopper or later; ``wide``: float32.
+def choose(wide: bool, d: int, dv: int, with_tangent: bool, shared: int) -> tuple[Tile, int]:
+    """The tile, and how many channels of ``v`` are summed at once. ``wide``: float32; ``shared``: bytes of a block.
 
-    Registers decide: two sums over wide values leave none for scores, which are then computed for each part of ``v``.
+    Registers decide: two sums over many channels leave none for the scores, which are then computed for each part of
+    ``v``. The compiler spills least with these (tests/attention/test_triton_compiles.py); their speed is not measured.
     """
-    return Tile(64, 64, 4, 2), 256
+    most = max(d, dv)
+    rows = _TABLE[wide, with_tangent, shared >= 227 * 1024]
+    tile, part = rows[0 if most <= 64 else 1 if most <= 80 else 2 if most <= 128 else 3]
+    return Tile(*tile), part
+
+
+# (float32, with tangent, 227 KiB of shared memory rather than 99): for up to 64, 80, 128 and 256 channels
+_TABLE: dict = {
+    (False, False, True): (
+        ((128, 128, 8, 2), 256), ((128, 128, 8, 2), 256), ((128, 128, 8, 2), 256), ((128, 64, 8, 2), 256),
+    ),
+    (False, False, False): (
+        ((128, 64, 8, 3), 256), ((128, 64, 8, 3), 256), ((128, 64, 8, 2), 256), ((64, 32, 4, 2), 256),
+    ),
+    (False, True, True): (
+        ((128, 64, 8, 3), 256), ((128, 64, 8, 2), 256), ((128, 64, 8, 2), 256), ((128, 32, 8, 2), 128),
+    ),
+    (False, True, False): (
+        ((128, 64, 8, 2), 256), ((128, 64, 8, 2), 256), ((128, 32, 8, 2), 256), ((64, 16, 4, 2), 64),
+    ),
+    (True, False, True): (
+        ((64, 32, 4, 2), 256), ((64, 32, 4, 2), 256), ((64, 32, 4, 2), 256), ((64, 16, 4, 1), 256),
+    ),
+    (True, False, False): (
+        ((64, 32, 4, 2), 256), ((64, 16, 4, 2), 256), ((32, 16, 2, 1), 256), ((32, 16, 2, 1), 64),
+    ),
+    (True, True, True): (
+        ((64, 32, 4, 1), 256), ((64, 16, 4, 1), 64), ((64, 16, 4, 1), 64), ((16, 16, 1, 1), 64),
+    ),
+    (True, True, False): (
+        ((64, 16, 4, 2), 256), ((16, 16, 1, 1), 64), ((16, 16, 1, 1), 64), ((16, 16, 1, 1), 64),
+    ),
+}  # fmt: skip
 
 
 def _launch(q: Tensor, *rest) -> tuple:
-    each, tile, outputs = launches(q, *rest)
+    each, tile, outputs = launches(q, *rest, _tiles.capacity(q.device))
     b, h, m, _ = q.shape
-    if m:
+    programs = triton.cdiv(m, tile.rows) * b * h
+    if programs:
         with _tiles.launching(q):
             for arguments in each:
-                _attend[(triton.cdiv(m, tile.rows) * b * h,)](**arguments, **tile.options())
+                _attend[(programs,)](**arguments, **tile.options())
     return outputs
 
 

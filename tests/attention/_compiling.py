@@ -21,9 +21,9 @@ SHARED = {80: 163 * 1024, 90: 227 * 1024}  # bytes that a block can have
 def compiled(module: str, cases: list[dict], timeout: float = 600) -> list[dict]:
     """``module.launch(**case)`` gives (kernel, its launch's arguments, options); tensors are on the meta device.
 
-    Each result is a dict with ``registers`` of a thread, ``spilled`` bytes of a thread, ``shared`` bytes of a block,
-    ``wgmma`` and ``mma`` (instructions of either kind), ``serialised`` (whether Hopper's dots wait for each other, at a
-    great loss of speed) and ``arch``, which a case names as 80 or 90.
+    Each result is its case (which names ``arch``, 80 or 90) with ``rows`` and ``keys`` of the tile, ``registers`` and
+    ``spilled`` bytes of a thread, ``shared`` bytes of a block, ``wgmma`` and ``mma`` (instructions of either kind) and
+    ``serialised`` (whether Hopper's dots wait for each other, at a great loss of speed).
     """
     root = Path(__file__).parents[2]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -101,7 +101,8 @@ def main() -> None:
     for case in json.load(sys.stdin):
         kernel, arguments, options = launch(**case)
         found = compile_one(kernel, arguments, options, case["arch"])
-        results.append({**case, **{name: x for name, x in found.items() if name != "asm"}})
+        tile = {"rows": arguments.get("ROWS"), "keys": arguments.get("KEYS")}
+        results.append({**case, **tile, **{name: x for name, x in found.items() if name != "asm"}})
     print(json.dumps(results))
 
 

@@ -180,11 +180,11 @@ def test_absent_tangents_are_not_loaded(tangents):
     q, k, v, *given = problem(torch.float16, 1, 1, 1, 16, 16, 16, 16)
     given = [x if tangents >> i & 1 else None for i, x in enumerate(given)]
     options = check(q, k, v, None, None, False, None).options
-    (launched,), _, _ = kernels.launches(q, k, v, None, None, None, *given, None, options, True, False, SMALL)
+    (launched,), _, _ = kernels.launches(q, k, v, None, None, None, *given, None, options, True, False, SMALL, 0)
     assert [launched[name] is None for name in ("tq", "tk", "tv")] == [x is None for x in given]
     assert launched["MOVES"] == (tangents & 3 > 0)
     lse = torch.zeros(1, 1, 16, device=DEVICE)
-    (launched,), _, _ = kernels.launches(q, k, v, None, None, lse, *given, None, options, True, False, SMALL)
+    (launched,), _, _ = kernels.launches(q, k, v, None, None, lse, *given, None, options, True, False, SMALL, 0)
     assert launched["VALUES"] == (tangents & 3 > 0)  # only then is o subtracted
 
 
