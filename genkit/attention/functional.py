@@ -10,7 +10,6 @@ from genkit import kernels
 from genkit.attention import autograd, compiled, reference
 from genkit.attention.inputs import Inputs, check, check_tangents
 
-
 # Modules of genkit load when something of them is asked for, which had better not be within torch.compile.
 _EAGER, _FUSED, _COMPILED = (
     (module.attention, module.attention_with_tangent) for module in (reference, autograd, compiled)

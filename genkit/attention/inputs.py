@@ -98,17 +98,18 @@ def check_tangents(inputs: Inputs, tq: Tensor | None, tk: Tensor | None, tv: Ten
 
 def _broadcast(name: str, x: Tensor, full: tuple[int, ...]) -> Tensor:
     b, h, m, n = full
-    if x.ndim == 2 and b > 1 and x.shape == (b, n) and m != 1:
+    given = tuple(x.shape)
+    if b > 1 and given == (b, n):
         if m == b:
             raise ValueError(
-                f"{name} of shape {tuple(x.shape)} may be (queries, keys) or (batch, keys), as many of both; "
+                f"{name} of shape {given} may be (queries, keys) or (batch, keys), as many of both; "
                 f"give it as (1, 1, {m}, {n}) or as ({b}, 1, 1, {n})"
             )
         x = x[:, None, None]  # keys that are padding
     x = x[(None,) * (4 - x.ndim)] if x.ndim < 4 else x
     if x.ndim > 4 or any(size not in (1, whole) for size, whole in zip(x.shape, full, strict=True)):
         raise ValueError(
-            f"{name} of shape {tuple(x.shape)} does not broadcast to (batch, heads, queries, keys) = {full}; keys of a "
+            f"{name} of shape {given} does not broadcast to (batch, heads, queries, keys) = {full}; keys of a "
             f"batch are masked by ({b}, {n})"
         )
     return x
