@@ -4,12 +4,13 @@ import torch
 from torch import Tensor
 
 
-def smallest(weights: list[Tensor], threshold: float | None, count: int | None, everything: bool):
+def smallest(
+    weights: list[Tensor], threshold: float, count: int | None, everything: bool
+) -> tuple[list[Tensor], float]:
     """The weights to select from, and the threshold below which their entries are selected.
 
     Args:
-        threshold: given, or
-        count: how many entries at most to select; the threshold is then the next larger one.
+        count: instead of a threshold, how many entries at most to select; it is then the next larger one.
         everything: also of weights that lie below the threshold as a whole.
 
     Raises:
@@ -25,7 +26,7 @@ def smallest(weights: list[Tensor], threshold: float | None, count: int | None, 
         size = sum(w.numel() for w in left)
         if count is not None and count >= size:
             raise ValueError(f"num_params={count} selects everything: there are {size} entries beside those of zeros")
-        limit = threshold if count is None else kth_smallest(left, count)  # type: ignore[assignment]
+        limit = threshold if count is None else kth_smallest(left, count)
         below = [i for i in kept if largest[i] < limit]
         if everything or not below or len(below) == len(kept):
             break

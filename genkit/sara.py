@@ -150,9 +150,8 @@ def add_sara(
         raise ValueError(f"{type(network).__name__} has a SaRA already; remove_sara(network) takes it off")
     layers = _targets(network, target_modules, exclude_modules, skip)
     weights = {id(module.weight): module.weight for module in layers.values()}
-    if num_params is None and threshold is None:
-        threshold = PUBLISHED_THRESHOLD
-    kept, limit = smallest(list(weights.values()), threshold, num_params, everything=target_modules is not None)
+    wanted = PUBLISHED_THRESHOLD if threshold is None else threshold
+    kept, limit = smallest(list(weights.values()), wanted, num_params, everything=target_modules is not None)
     network.requires_grad_(False)
     made: dict[int, Sara] = {}
     for weight in kept:
