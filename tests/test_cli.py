@@ -113,7 +113,11 @@ def test_doctor_says_what_is_missing_and_how_to_get_it(monkeypatch):
     rows = {package: (version, remark) for package, version, remark in doctor.versions()}
     assert rows["torchmetrics"][0] is None and "pip install 'genkit-diffusion[eval]'" in rows["torchmetrics"][1]
     assert rows["torch"][0] == torch.__version__.split("+")[0] or rows["torch"][0] == torch.__version__
-    assert {name for name, works, _ in doctor.attention_backends() if works} >= {"native", "genkit, eager", "forward mode"}
+    assert {name for name, works, _ in doctor.attention_backends() if works} >= {
+        "native",
+        "genkit, eager",
+        "forward mode",
+    }
     out = call("doctor")
     assert out.exit_code == 0 and "Devices" in out.output
 
