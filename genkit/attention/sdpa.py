@@ -50,7 +50,8 @@ def scaled_dot_product_attention(
         mask, is_causal = corner if mask is None else mask & corner, False
     eager = kernels.mode() == "auto" and not fits(query, value)
     with kernels.choose("off") if eager else nullcontext():
-        o = attention(*map(_four_axes, (query, key, value)), mask, bias, is_causal, scale)
+        q, k, v = (_four_axes(x) for x in (query, key, value))
+        o = attention(q, k, v, mask, bias, is_causal, scale)
     return o if axes == 4 else o.reshape(*query.shape[:-1], value.shape[-1])
 
 

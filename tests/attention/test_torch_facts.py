@@ -30,6 +30,13 @@ def way(request, monkeypatch):
 
 
 @pytest.fixture
+def fused(monkeypatch):
+    monkeypatch.setattr(autograd, "_triton", lambda: closed_form)
+    with kernels.choose("on"):
+        yield
+
+
+@pytest.fixture
 def compiler():
     torch._dynamo.reset()
     with warnings.catch_warnings():
@@ -95,10 +102,8 @@ def test_vmap_is_right_or_refused(way):
         close([torch.vmap(attention)(q, k, v)], [torch.stack([attention(*x) for x in zip(q, k, v, strict=True)])])
 
 
-def test_operators_refuse_forward_mode(way):
+def test_operators_refuse_forward_mode(fused):
     """PyTorch gives those a tangent of zero, or none."""
-    if way == "eager":
-        pytest.skip("eager attention has no operators")
     q, k, v, *tangents = draw()
 
     def by_operator(q, k, v):
@@ -199,10 +204,8 @@ def test_the_compiled_pair(way, compiler, given, used):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_operators_are_what_they_tell_the_compiler(way, dtype, monkeypatch):
+def test_operators_are_what_they_tell_the_compiler(fused, dtype, monkeypatch):
     """Shapes, strides, dtypes and aliases, with and without gradients."""
-    if way == "eager":
-        pytest.skip("eager attention has no operators")
     if dtype != torch.float32:  # the formulas compute in the inputs' dtype; kernels give float32 where it is asked for
         monkeypatch.setattr(autograd, "_triton", lambda: _Half)
     x = [torch.randn(2, 5, 3, 16, dtype=dtype).transpose(1, 2).requires_grad_() for _ in range(3)]
@@ -228,6 +231,23 @@ class _Half:
         o, to, lse, mu, _, _ = closed_form.forward_with_tangent(*arguments)
         o_exact, to_exact = (o.float(), to.float()) if arguments[-1] else (None, None)
         return o, to, lse.float(), mu.float(), o_exact, to_exact
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_compiled_pair_by_kernels(compiler, dtype):
+    """Those of Triton, interpreted where there is no GPU."""
+    pytest.importorskip("triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x = [torch.randn(1, 9, 2, 16, dtype=dtype, device=device).transpose(1, 2).requires_grad_() for _ in range(6)]
+    results = []
+    with kernels.choose("on"):
+        for function in (compiler(attention_with_tangent), attention_with_tangent):
+            made = function(*x)
+            assert all(o.transpose(1, 2).is_contiguous() for o in made)  # heads are merged without a copy
+            results.append((*made, *loss_gradients(made, x)))
+    close(*results, 0)
+    if dtype == torch.float32:
+        close([o.cpu() for o in results[0][:2]], exact(*(y.cpu() for y in x)))
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
