@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from genkit.attention import _tiles
+from genkit.attention import _tiles, _tuning
+from genkit.attention._forward_tiles import OTHERS, choose
 from genkit.attention._tiles import LN2, LOG2E, Tile, attended, dot, grid, head, load, place, rounded_sum, scores, store
 from genkit.attention.inputs import Options
 from genkit.kernels import interpreted
@@ -98,7 +99,7 @@ def launches(
     chosen, width = choose(wide, d, dv, with_tangent, shared)
     grids = {name: _tiles.grid_view(x) for name, x in dict(mask=mask, bias=bias, tbias=tbias).items()}
     if any(x is not None and x[3] is not None for x in grids.values()):  # their entries take registers, too
-        chosen = chosen._replace(keys=min(chosen.keys, 32))
+        chosen = chosen._replace(keys=max(16, min(chosen.keys // 2, 32)))
     tile = tile or (Tile(64, 64, 4, 1) if interpreted() else chosen)
     d_low, d_high = _tiles.split(d)
     common = {
@@ -119,56 +120,29 @@ def launches(
     return each, tile, (o, to, lse, mu, o_exact, to_exact)
 
 
-def choose(wide: bool, d: int, dv: int, with_tangent: bool, shared: int) -> tuple[Tile, int]:
-    """The tile, and how many channels of ``v`` are summed at once. ``wide``: float32; ``shared``: bytes of a block.
+def _launch(
+    q: Tensor, k, v, bias, mask, lse, tq, tk, tv, tbias, options: Options, with_tangent: bool, precise: bool,
+    tile: Tile | None,
+) -> tuple:  # fmt: skip
+    shared = _tiles.capacity(q.device)
 
-    Registers decide: two sums over many channels leave none for the scores, which are then computed for each part of
-    ``v``. The compiler spills least with these (tests/attention/test_triton_compiles.py); their speed is not measured.
-    """
-    most = max(d, dv)
-    rows = _TABLE[wide, with_tangent, shared >= 227 * 1024]
-    tile, part = rows[0 if most <= 64 else 1 if most <= 80 else 2 if most <= 128 else 3]
-    return Tile(*tile), part
+    def run(tile: Tile | None) -> tuple:
+        inputs = (q, k, v, bias, mask, lse, tq, tk, tv, tbias)
+        each, tile, outputs = launches(*inputs, options, with_tangent, precise, tile, shared)
+        programs = triton.cdiv(q.shape[2], tile.rows) * q.shape[0] * q.shape[1]
+        for arguments in each if programs else ():
+            _attend[(programs,)](**arguments, **tile.options())
+        return outputs
 
-
-# (float32, with tangent, 227 KiB of shared memory rather than 99): for up to 64, 80, 128 and 256 channels
-_TABLE: dict = {
-    (False, False, True): (
-        ((128, 128, 8, 2), 256), ((128, 128, 8, 2), 256), ((128, 128, 8, 2), 256), ((128, 64, 8, 2), 256),
-    ),
-    (False, False, False): (
-        ((128, 64, 8, 3), 256), ((128, 64, 8, 3), 256), ((128, 64, 8, 2), 256), ((64, 32, 4, 2), 256),
-    ),
-    (False, True, True): (
-        ((128, 64, 8, 3), 256), ((128, 64, 8, 2), 256), ((128, 64, 8, 2), 256), ((128, 32, 8, 2), 128),
-    ),
-    (False, True, False): (
-        ((128, 64, 8, 2), 256), ((128, 64, 8, 2), 256), ((128, 32, 8, 2), 256), ((64, 16, 4, 2), 64),
-    ),
-    (True, False, True): (
-        ((64, 32, 4, 2), 256), ((64, 32, 4, 2), 256), ((64, 32, 4, 2), 256), ((64, 16, 4, 1), 256),
-    ),
-    (True, False, False): (
-        ((64, 32, 4, 2), 256), ((64, 16, 4, 2), 256), ((32, 16, 2, 1), 256), ((32, 16, 2, 1), 64),
-    ),
-    (True, True, True): (
-        ((64, 32, 4, 1), 256), ((64, 16, 4, 1), 64), ((64, 16, 4, 1), 64), ((16, 16, 1, 1), 64),
-    ),
-    (True, True, False): (
-        ((64, 16, 4, 2), 256), ((16, 16, 1, 1), 64), ((16, 16, 1, 1), 64), ((16, 16, 1, 1), 64),
-    ),
-}  # fmt: skip
-
-
-def _launch(q: Tensor, *rest) -> tuple:
-    each, tile, outputs = launches(q, *rest, _tiles.capacity(q.device))
-    b, h, m, _ = q.shape
-    programs = triton.cdiv(m, tile.rows) * b * h
-    if programs:
-        with _tiles.launching(q):
-            for arguments in each:
-                _attend[(programs,)](**arguments, **tile.options())
-    return outputs
+    with _tiles.launching(q):
+        if tile is None and _tuning.wanted():
+            present = (with_tangent, *(x is not None for x in (lse, tq, tk, tv, tbias)))
+            grids = tuple(None if x is None else x.shape[2] > 1 for x in (mask, bias))
+            lengths = tuple(x.shape[2].bit_length() for x in (q, k))
+            key = (q.device, q.dtype, q.shape[3], v.shape[3], options.is_causal, grids, present, precise, lengths)
+            chosen, _ = choose(q.dtype == torch.float32, q.shape[3], v.shape[3], with_tangent, shared)
+            tile = _tuning.fastest(key, (chosen, *OTHERS), run)
+        return run(tile)
 
 
 @triton.jit

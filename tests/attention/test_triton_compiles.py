@@ -7,7 +7,7 @@ pytest.importorskip("triton")
 
 from tests.attention._compiling import SHARED, compiled
 
-KIB = 1024
+SHARED = SHARED | {80: 99 * 1024}  # of consumers' GPUs of that family; the A100 has more
 
 
 def launch(arch, dtype, d, kind, dv=None, is_causal=False, mask=False, dense=False, given="qkv", n=1024, precise=False):
@@ -23,8 +23,7 @@ def launch(arch, dtype, d, kind, dv=None, is_causal=False, mask=False, dense=Fal
     keys = torch.empty(2, 1, 1, n, dtype=torch.bool, device="meta") if mask else None
     bias = torch.empty(1, 16, n, n, **kept) if dense else None
     rest = (tq, tk, tv, None, Options(d**-0.5, is_causal), moves, precise, None)
-    shared = 99 * KIB if arch == 80 else SHARED[arch]  # of consumers' GPUs, which have less than the A100
-    each, tile, _ = _triton_forward.launches(q, k, v, bias, keys, lse, *rest, shared)
+    each, tile, _ = _triton_forward.launches(q, k, v, bias, keys, lse, *rest, SHARED[arch])
     return _triton_forward._attend, each[0], tile.options()
 
 
@@ -36,11 +35,7 @@ def check(results, spilled):
     for x in results:
         print(x)
     for x in results:
-        assert (
-            x["shared"] <= (99 * KIB if x["arch"] == 80 else SHARED[90])
-            and x["spilled"] <= spilled
-            and not x["serialised"]
-        ), x
+        assert x["shared"] <= SHARED[x["arch"]] and x["spilled"] <= spilled and not x["serialised"], x
         assert x["wgmma" if x["arch"] == 90 and x["rows"] >= 64 else "mma"], x
 
 
@@ -75,10 +70,10 @@ def test_other_sizes_spill_little(arch):
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", [80, 90])
 def test_a_bias_of_every_entry_spills_little(arch):
-    cases = [case(arch, d, kind, dense=True) for d in (64, 128) for kind in ("forward", "forward_with_tangent")]
+    cases = [case(arch, d, kind, dense=True) for d in (64, 128, 256) for kind in ("forward", "forward_with_tangent")]
     for x in compiled("tests.attention.test_triton_compiles", cases, timeout=1200):
         print(x)  # on Hopper its dots wait for each other, since its entries are not loaded ahead
-        assert x["shared"] <= (99 * KIB if arch == 80 else SHARED[90]) and x["spilled"] <= 512
+        assert x["shared"] <= SHARED[arch] and x["spilled"] <= 512
 
 
 @pytest.mark.slow
@@ -87,4 +82,4 @@ def test_wide_heads_in_float32_fit(arch):
     cases = [case(arch, d, kind, "float32") for d in (64, 80, 128, 256) for kind in ("forward", "forward_with_tangent")]
     for x in compiled("tests.attention.test_triton_compiles", cases, timeout=1200):
         print(x)
-        assert x["shared"] <= (99 * KIB if arch == 80 else SHARED[90])
+        assert x["shared"] <= SHARED[arch]

@@ -291,6 +291,15 @@ def test_offsets_exceed_32_bits(tmp_path):
     close(fused((tensors[0], *far, *tensors[3:])), exact(tensors), torch.float16)
 
 
+def test_offsets_in_a_mask_exceed_32_bits(tmp_path):
+    storage = torch.from_file(str(tmp_path / "sparse"), shared=True, size=20 * 2**27, dtype=torch.bool)
+    if DEVICE == "cuda":
+        storage = torch.empty(storage.shape, dtype=torch.bool, device=DEVICE)
+    tensors = problem(torch.float32, 1, 1, 1, 20, 32, 16, 16)
+    mask = torch.as_strided(storage, (1, 1, 20, 32), (0, 0, 2**27, 1)).copy_(torch.rand(20, 32) > 0.5)
+    close(fused(tensors, mask), exact(tensors, mask), torch.float32)
+
+
 def test_outputs_merge_heads_without_a_copy():
     tensors = problem(torch.float32, 2, 2, 2, 20, 16, 16, 24)
     o, to = fused(tensors)[:2]

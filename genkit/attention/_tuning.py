@@ -1,0 +1,44 @@
+"""Tiles that are measured instead of looked up, where ``GENKIT_TUNE=1``: the first call of each kind is slow then."""
+
+import logging
+import os
+from collections.abc import Callable, Hashable, Iterable
+
+import torch
+import triton
+from triton.runtime.errors import OutOfResources
+
+from genkit.attention._tiles import Tile
+from genkit.kernels import interpreted
+
+logger = logging.getLogger(__name__)
+_fastest: dict[Hashable, Tile] = {}
+
+
+def wanted() -> bool:
+    """Whether tiles are to be measured: not in the interpreter, nor while a graph is recorded, which runs nothing."""
+    if os.environ.get("GENKIT_TUNE", "0") != "1" or interpreted():
+        return False
+    return not torch.cuda.is_current_stream_capturing()
+
+
+def fastest(
+    key: Hashable, tiles: Iterable[Tile], run: Callable[[Tile], object], measure: Callable | None = None
+) -> Tile:
+    """The tile with which ``run`` takes least time, measured once per ``key``; tiles that do not fit are left out.
+
+    Raises:
+        OutOfResources: none of them fits.
+    """
+    if key not in _fastest:
+        times, refused = {}, None
+        for tile in dict.fromkeys(tiles):
+            try:
+                times[tile] = (measure or triton.testing.do_bench)(lambda tile=tile: run(tile))
+            except OutOfResources as error:
+                refused = error
+        if not times:
+            raise refused or ValueError("no tiles to choose from")
+        _fastest[key] = min(times, key=times.__getitem__)
+        logger.info("%s: %s of %s takes %.3f ms", key, _fastest[key], len(times), times[_fastest[key]])
+    return _fastest[key]
