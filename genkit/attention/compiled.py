@@ -30,8 +30,9 @@ def attention_with_tangent(
 ) -> tuple[Tensor, Tensor]:
     """``(o, to)``; raises as :func:`attention` does."""
     _refuse_forward_mode()
-    q, k, v, mask, bias, (scale, causal) = *inputs[:5], (inputs.options.scale, inputs.options.is_causal)
-    return _pair(q, k, v, bias, mask, tq, tk, tv, tbias, scale, causal, torch.is_grad_enabled())[:2]
+    q, k, v, mask, bias, options = inputs
+    tangents, precise = (tq, tk, tv, tbias), torch.is_grad_enabled()
+    return _pair(q, k, v, bias, mask, *tangents, options.scale, options.is_causal, precise)[:2]
 
 
 def _refuse_forward_mode() -> None:
@@ -68,6 +69,7 @@ def _or_none(x: Tensor, there: bool) -> Tensor | None:
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float, is_causal: bool
 ) -> tuple[Tensor, Tensor]:
+    _refuse_forward_mode()  # of what was exported
     o, lse = autograd._triton().forward(q, k, v, bias, mask, Options(scale, is_causal))
     return _row(o, q), _flat(lse, q)
 
@@ -131,6 +133,7 @@ def _pair(
     is_causal: bool,
     precise: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    _refuse_forward_mode()
     arguments = (q, k, v, bias, mask, tq, tk, tv, tbias, Options(scale, is_causal), precise)
     o, to, lse, mu, exact, exact_tangent = autograd._triton().forward_with_tangent(*arguments)
     return _row(o, q), _row(to, q), _flat(lse, q), _flat(mu, q), _row(exact, q), _row(exact_tangent, q)

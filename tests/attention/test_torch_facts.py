@@ -102,17 +102,26 @@ def test_vmap_is_right_or_refused(way):
         close([torch.vmap(attention)(q, k, v)], [torch.stack([attention(*x) for x in zip(q, k, v, strict=True)])])
 
 
-def test_operators_refuse_forward_mode(fused):
+def by_operator(q, k, v):
+    return compiled.attention(check(q, k, v, None, None, False, None))
+
+
+def as_exported(q, k, v):
+    return compiled._forward(q, k, v, None, None, 0.25, False)[0]
+
+
+def pair_as_exported(q, k, v):
+    return compiled._pair(q, k, v, None, None, q, None, None, None, 0.25, False, True)[1]
+
+
+@pytest.mark.parametrize("function", [by_operator, as_exported, pair_as_exported])
+def test_operators_refuse_forward_mode(fused, function):
     """PyTorch gives those a tangent of zero, or none."""
-    q, k, v, *tangents = draw()
-
-    def by_operator(q, k, v):
-        return compiled.attention(check(q, k, v, None, None, False, None))
-
+    x = draw()
     with pytest.raises(RuntimeError, match=REMEDY):
-        torch.func.jvp(by_operator, (q, k, v), tuple(tangents))
+        jvp(*x, fn=function)
     with forward_ad.dual_level(), pytest.raises(RuntimeError, match=REMEDY):
-        by_operator(forward_ad.make_dual(q, q), k, v)
+        function(forward_ad.make_dual(x[0], x[3]), *x[1:3])
 
 
 def test_the_pair_refuses_forward_mode_where_it_is_fused(way):
