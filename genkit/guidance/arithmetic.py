@@ -1,6 +1,6 @@
 """What CFG and APG do with two predictions, as pure functions of tensors and scalars.
 
-A step of guidance is twenty small operations beside a network: 0.1 ms of launches on a GPU against 50 to 500 ms.
+A step of guidance is three (CFG) to fifty (APG) small operations beside a network of 50 to 500 ms: 0.25 ms of launches.
 ``GENKIT_KERNELS=on`` compiles each function to one or two kernels; otherwise they are eager, also on GPUs, since
 compiling takes some seconds, of which a run's steps save a hundredth. The results are the same to rounding.
 """
