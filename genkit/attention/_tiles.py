@@ -226,13 +226,17 @@ def grid(x, batch, index, row, key, M, N):
 
 @triton.jit
 def attended(mask, batch, index, row, key, M, N, CAUSAL: tl.constexpr, WHOLE: tl.constexpr):
-    """Whether the query at ``row`` sees ``key``; WHOLE promises that no key is in the future."""
+    """Whether the query at ``row`` sees ``key``; WHOLE promises that all keys exist."""
     if mask is not None:
         seen = grid(mask, batch, index, row, key, M, N) != 0
+        if CAUSAL:
+            seen = seen & (key <= row)
+    elif CAUSAL:
+        seen = key <= row
+        if not WHOLE:
+            seen = seen & (key < N)
     else:
         seen = key < N
-    if CAUSAL and not WHOLE:
-        seen = seen & (key <= row)
     return seen
 
 

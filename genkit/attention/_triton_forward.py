@@ -200,7 +200,7 @@ def _attend(
             s = s * log2_scale + grid(bias, batch, index, row[:, None], key, M, N).to(tl.float32) * LOG2E
             unscaled = 1.0
         if CAUSAL or (mask is not None) or (not WHOLE):
-            seen = attended(mask, batch, index, row[:, None], key, M, N, CAUSAL, False)
+            seen = attended(mask, batch, index, row[:, None], key, M, N, CAUSAL, WHOLE)
             s = tl.where(seen, s, float("-inf"))
         if GIVEN:
             e = tl.exp2(s * unscaled - m[:, None])
