@@ -18,7 +18,7 @@ app = typer.Typer(
 )
 evaluation = typer.Typer(help="Measure and compare generated images.", no_args_is_help=True)
 app.add_typer(evaluation, name="eval")
-adapters = typer.Typer(help="Scale and mix LoRAs after training.", no_args_is_help=True)
+adapters = typer.Typer(help="Scale and mix LoRAs, or SaRAs, after training.", no_args_is_help=True)
 app.add_typer(adapters, name="adapters")
 
 EXTRACTORS = ", ".join(file_names("genkit.eval.extractors"))
@@ -79,7 +79,7 @@ def distill(
     method: Annotated[str, typer.Option(help="lsd, meanflow, mdt, apex, dmd2 ...; an unknown one lists them all.")],
     output: Annotated[Path, typer.Option(help="Folder for the run; the student's pipeline is in pipeline/ there.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Settings to change: section.key=value.")] = None,
-    adapter: Annotated[str | None, typer.Option(help="lora or full, in place of the recipe's choice.")] = None,
+    adapter: Annotated[str | None, typer.Option(help="lora, sara or full, in place of the recipe's choice.")] = None,
     data: Annotated[
         str | None, typer.Option(help="A folder of pictures, a file with a prompt a line, or a source's name.")
     ] = None,
@@ -126,7 +126,9 @@ def sample(
     scheduler: Annotated[
         str | None, typer.Option(help="Scheduler by name, with settings: pndm, DDIMScheduler:clip_sample=False.")
     ] = None,
-    adapter: Annotated[list[str] | None, typer.Option(help="A LoRA: FOLDER, or FOLDER=0.7; several add up.")] = None,
+    adapter: Annotated[
+        list[str] | None, typer.Option(help="A LoRA or SaRA: FOLDER, or FOLDER=0.7; several add up.")
+    ] = None,
     arguments: Annotated[
         str, typer.Option("--set", help="Others of the pipeline's call: height=512,negative_prompt='blurry'.")
     ] = "",
@@ -231,10 +233,10 @@ def pairs(
 @adapters.command("mix")
 def mix(
     adapter: Annotated[list[str], typer.Argument(help="FOLDER=WEIGHT; without a weight 1. Several are added up.")],
-    output: Annotated[Path, typer.Option(help="Folder for the result, which load_lora_weights takes.")],
+    output: Annotated[Path, typer.Option(help="Folder for the result, which --adapter takes.")],
     scale: Annotated[float, typer.Option(help="Of the whole; 0 is the base model.")] = 1.0,
 ) -> None:
-    """Add up the updates of several LoRAs, each with its weight, into one: exactly, by concatenating ranks."""
+    """Add up the updates of several LoRAs, or SaRAs, each with its weight, into one: exactly."""
     from genkit.adapters import mix_adapters, parse_adapter
 
     typer.echo(mix_adapters([parse_adapter(text) for text in adapter], output, scale=scale))
@@ -518,7 +520,9 @@ def sweep(
     mmhm: Annotated[
         str | None, typer.Option(help="What MMHM is made of, as in eval mmhm; the published four by default.")
     ] = None,
-    adapter: Annotated[list[str] | None, typer.Option(help="A LoRA: FOLDER, or FOLDER=0.7; several add up.")] = None,
+    adapter: Annotated[
+        list[str] | None, typer.Option(help="A LoRA or SaRA: FOLDER, or FOLDER=0.7; several add up.")
+    ] = None,
     arguments: Annotated[
         str, typer.Option("--set", help="Others of the pipeline's call: height=512,negative_prompt='blurry'.")
     ] = "",

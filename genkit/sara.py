@@ -37,7 +37,7 @@ class Sara(nn.Module):
 
     ``delta`` is all that trains, in float32 at least: in half precision its updates would be lost. ``P`` is kept in the
     storage of ``P0``, so that neither a dense copy nor a dense gradient outlives a layer; :attr:`base` holds what it
-    replaces. Switched off, the weight is ``P0`` exactly.
+    replaces. Switched off, the weight is ``P0`` exactly. ``network.to(torch.bfloat16)`` leaves ``delta`` as it is.
 
     Args:
         weight: of any shape.
@@ -69,6 +69,13 @@ class Sara(nn.Module):
     def values(self) -> Tensor:
         """The selected entries as they are now, in the dtype of ``delta``; differentiable."""
         return self.base.to(self.delta.dtype) + self.delta
+
+    def _apply(self, fn, recurse=True):
+        before = self.delta.detach()
+        super()._apply(fn, recurse)
+        if self.delta.dtype.itemsize < before.dtype.itemsize:  # the weight may go to half precision, not what trains
+            self.delta.data = before.to(self.delta.device)
+        return self
 
     def forward(self, weight: Tensor) -> Tensor:
         if not self.enabled:

@@ -181,6 +181,21 @@ def test_small_updates_of_a_half_precision_weight_are_not_lost():
     assert float(gained.mean()) == pytest.approx(1e-3, rel=0.05) and torch.equal(alone[large], sara.base[large])
 
 
+def test_a_network_that_is_moved_to_half_precision():
+    network = mlp()
+    sara = add_sara(network, threshold=2e-2)["0.weight"]
+    with torch.no_grad():
+        sara.delta += 1.2345678e-4
+    before = sara.delta.detach().clone()
+    network.to(torch.bfloat16)
+    assert torch.equal(sara.delta, before) and sara.delta.dtype == torch.float32 and sara.delta.requires_grad
+    assert sara.base.dtype == network[0].weight.dtype == torch.bfloat16
+    network(rows(dtype=torch.bfloat16)).float().square().mean().backward()
+    assert sara.delta.grad.dtype == torch.float32 and sara.delta.grad.any()
+    network.double()
+    assert sara.delta.dtype == network[0].weight.dtype == torch.float64
+
+
 def test_forward_mode():
     network, x = mlp(dtype=torch.float64), rows(dtype=torch.float64)
     layers = add_sara(network, threshold=2e-2)

@@ -120,7 +120,7 @@ def distill(
     Args:
         teacher: a pipeline's folder, or ``owner/name`` on the Hub.
         method: one that a recipe is named for.
-        adapter: ``lora`` or ``full`` in place of the recipe's choice.
+        adapter: ``lora``, ``sara`` or ``full`` in place of the recipe's choice.
         data: a folder of pictures (or of what else the recipe reads), a file with a prompt a line, or a source's name.
         steps: training steps in place of the recipe's.
         overrides: further settings, ``section.key=value``.

@@ -1,5 +1,6 @@
 """SaRA in the trainer: every method, every machine, exact resumes, and files that give the same samples."""
 
+import itertools
 import json
 import os
 import socket
@@ -26,6 +27,7 @@ from genkit.registry import members
 from genkit.sara import sara_layers
 from genkit.testing import tiny
 from genkit.training import checkpoint, logs, machine
+from genkit.training.__main__ import train as command
 from genkit.training.adapters import without_adapter
 from genkit.training.build import build
 from genkit.training.config import TrainConfig
@@ -33,6 +35,7 @@ from genkit.training.distill import save
 from genkit.training.export import export
 from genkit.training.objectives.base import Objective
 from genkit.training.parts.reference import Reference
+from genkit.training.scores import Score
 from genkit.training.trainer import Trainer
 from tests.training.ready import READY
 
@@ -147,8 +150,8 @@ def test_every_method_trains_one(name, toys, teacher, tmp_path):
             assert torch.equal(now[other], then[other])
     for key, then in frozen.items():
         assert torch.equal(trainer.objective.student.module.get_parameter(key), then), key
-    folder = export(trainer)
-    assert folder.is_dir() and any(folder.rglob("*.safetensors"))
+    keys = [key for file in export(trainer).rglob("*.safetensors") for key in load_file(file)]
+    assert keys and not any("parametrizations" in key for key in keys)
 
 
 def test_the_low_rank_term_acts(toys, teacher, tmp_path):
@@ -240,6 +243,35 @@ def test_a_flow_map(toys, tmp_path):
     assert torch.equal(
         few.denoiser().denoiser.inner.get_parameter("proj_out.weight"), loaded.denoiser.inner.proj_out.weight
     )
+
+
+def test_rounds_go_on_from_the_merged_weights(toys, teacher, tmp_path, monkeypatch):
+    falling = itertools.count(0, -1)
+    monkeypatch.setattr(Score, "__call__", lambda *_: float(next(falling)))  # every student is better than the last
+    play = dict(count=2, num_fakes=50, num_samples=40, num_inference_steps=2, batch_size=20, evaluate_every=2)
+    values = toys.settings(
+        tmp_path / "run",
+        model=dict(pretrained=str(teacher)),
+        adapter=dict(kind="sara", threshold=0.05),
+        objective=dict(name="ddo", alpha=1.0, beta=0.05),
+        rounds=play,
+        optimizer=ADAMW,
+        lr_scheduler="constant",
+        lr_warmup_steps=0,
+        global_batch_size=32,
+        max_train_steps=4,
+        checkpointing_steps=2,
+    )
+    final = load_pipeline(command(TrainConfig(**values).check(), quiet=True)).transformer
+    best = load_file(tmp_path / "run/round-1/student-0/best.safetensors")
+    promoted = load_pipeline(tmp_path / "run/round-1/promoted").transformer
+    student = build(TrainConfig(**values | dict(rounds=None))).student.module
+    for name, sara in sara_layers(student).items():
+        layer = name.removesuffix(".weight")
+        delta = best[f"{layer}.parametrizations.weight.0.delta"]
+        assert delta.any()
+        assert torch.equal(promoted.get_parameter(name).flatten()[sara.index], sara.base + delta)
+    assert type(final) is type(promoted) and not sara_layers(final)
 
 
 def _one_of_two(rank, port, toys, folder, teacher):

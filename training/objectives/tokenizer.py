@@ -163,13 +163,13 @@ class VQGAN(Objective):
             )
         if all(p.requires_grad for p in student.module.parameters()):
             return
-        for part in student.network.quantizer.modules():  # checkpoints hold no buffers of a network with a LoRA
+        for part in student.network.quantizer.modules():  # checkpoints hold no buffers of a network with an adapter
             if isinstance(part, VQ) and (
                 part.config.rule == "ema" or part.config.kmeans_init or part.config.restart_threshold
             ):
                 raise ValueError(
-                    "adapter.kind=lora: codes that move by themselves (rule='ema', kmeans_init, restart_threshold) "
-                    "need adapter.kind=full"
+                    "adapter.kind=lora or sara: codes that move by themselves (rule='ema', kmeans_init, "
+                    "restart_threshold) need adapter.kind=full"
                 )
 
     @classmethod
