@@ -13,7 +13,21 @@ from torch import Tensor
 
 from genkit.attention import _tiles, _tuning
 from genkit.attention._forward_tiles import OTHERS, choose
-from genkit.attention._tiles import LN2, LOG2E, Tile, attended, dot, grid, head, load, place, rounded_sum, scores, store
+from genkit.attention._tiles import (
+    LN2,
+    LOG2E,
+    Tile,
+    attended,
+    dot,
+    grid,
+    head,
+    load,
+    place,
+    rounded,
+    rounded_sum,
+    scores,
+    store,
+)
 from genkit.attention.inputs import Options
 from genkit.kernels import interpreted
 
@@ -227,17 +241,20 @@ def _attend(
             first = tl.sum(e * t, 1) * unmoved / tl.where(total == 0, 1.0, total)
             c = tl.where(lt == 0, first, c)  # fixed by the first tile in which the row has a key
             moved, moved_sum = rounded_sum(e * (t * unmoved - c[:, None]), TYPE)
-        weights, weights_sum = rounded_sum(e, TYPE)
         if not GIVEN:
             l = l * shrink + tl.sum(e, 1)
-            lt *= shrink
             o_low *= shrink[:, None]
             o_high *= shrink[:, None]
             if TANGENT:
+                lt *= shrink
                 r *= shrink
                 to_low *= shrink[:, None]
                 to_high *= shrink[:, None]
-        lt += weights_sum
+        if TANGENT:
+            weights, weights_sum = rounded_sum(e, TYPE)
+            lt += weights_sum
+        else:
+            weights = rounded(e, TYPE)
         v_low, v_high = load(v_at, v[3] * UNIT, start, N, KEYS, WHOLE, DV, DV_LOW, DV_HIGH)
         if VALUES:
             o_low = dot(weights, v_low, o_low)
@@ -253,6 +270,8 @@ def _attend(
             to_low = dot(weights, tv_low, to_low)
             if DV_HIGH > 0:
                 to_high = dot(weights, tv_high, to_high)
+    if not TANGENT:  # nothing cancels in o: the exact sum, which lse needs anyway, divides as well
+        lt = l
     inverse = 1.0 / tl.where(lt == 0, 1.0, lt)
     o_low *= inverse[:, None]
     o_high *= inverse[:, None]
