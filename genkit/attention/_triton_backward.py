@@ -87,7 +87,7 @@ def launches(
         **dict(D=d, D_LOW=d_low, D_HIGH=d_high, **channels),
     }
     width = max(d_low + d_high, v_low + v_high)
-    tiles = tiles or choose(q.dtype, width, h is not None, capacity(q.device))
+    tiles = tiles or choose(q.dtype, width, h is not None, bias is not None, _tiles.capacity(q.device))
 
     def launch(kernel, programs: int, tile: Tile, **more) -> Launch:
         return Launch(kernel, programs, {**common, **more, "ROWS": tile.rows, "KEYS": tile.keys}, tile.options())
@@ -108,52 +108,52 @@ def launches(
     return plan, (dq, dk, dv, dbias, dtq, dtk, dtv, dtbias)
 
 
-# Up to so many channels: the tile of which keys are kept and queries passed, and the other way round, such that sums
-# stay in registers, which was seen by compiling. Hopper's products take 64 of what is kept for every 4 warps.
+# Up to so many channels, tiles of which sums stay in registers, as seen by compiling. A tile of keys is kept and the
+# queries pass, or the other way round; Hopper's products take 64 of what is kept for every 4 warps.
 _HOPPER = {
-    64: (Tile(32, 128, 8, 2), Tile(128, 64, 8, 2)),
-    128: (Tile(32, 128, 8, 2), Tile(128, 32, 8, 2)),
-    256: (Tile(16, 64, 8, 2), Tile(64, 16, 8, 2)),
+    64: Tiles(Tile(32, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 32, 4, 1)),
+    128: Tiles(Tile(32, 128, 8, 2), Tile(128, 32, 8, 2), Tile(64, 32, 4, 1)),
+    256: Tiles(Tile(16, 64, 8, 2), Tile(64, 16, 8, 2), Tile(16, 32, 4, 2)),
 }
 _HOPPER_WITHOUT_TANGENT = {
-    128: (Tile(64, 128, 8, 2), Tile(128, 64, 8, 2)),
-    256: (Tile(32, 64, 8, 2), Tile(64, 32, 8, 2)),
+    128: Tiles(Tile(64, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 32, 4, 1)),
+    256: Tiles(Tile(32, 64, 8, 2), Tile(64, 32, 8, 2), Tile(16, 32, 4, 2)),
 }
 _OTHERS = {
-    64: (Tile(64, 32, 4, 2), Tile(64, 32, 4, 2)),
-    128: (Tile(64, 32, 4, 2), Tile(32, 32, 4, 2)),
-    256: (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+    64: Tiles(Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), Tile(16, 32, 4, 2)),
+    96: Tiles(Tile(32, 64, 4, 2), Tile(32, 32, 4, 2), Tile(16, 32, 4, 2)),  # two parts, as of 72 channels
+    128: Tiles(Tile(64, 32, 4, 2), Tile(32, 32, 4, 2), Tile(16, 32, 4, 2)),
+    256: Tiles(Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(16, 32, 4, 2)),
 }
+_OTHERS_WITH_BIAS = {128: Tiles(Tile(32, 32, 4, 2), Tile(32, 32, 4, 2), Tile(16, 32, 4, 2)), 256: _OTHERS[256]}
 _OTHERS_WITHOUT_TANGENT = {
-    64: (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
-    128: (Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
-    256: (Tile(32, 32, 8, 2), Tile(32, 32, 4, 2)),
+    64: Tiles(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(16, 32, 4, 2)),
+    128: Tiles(Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(16, 32, 4, 2)),
+    256: Tiles(Tile(32, 32, 8, 2), Tile(32, 32, 4, 2), Tile(16, 32, 4, 2)),
 }
-_IN_FLOAT32 = {256: (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1))}
+_IN_FLOAT32 = {
+    64: Tiles(Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(16, 16, 4, 2)),
+    256: Tiles(Tile(16, 16, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 2)),
+}
 
 
-def choose(dtype: torch.dtype, width: int, with_tangent: bool, shared: int) -> Tiles:
+def choose(dtype: torch.dtype, width: int, with_tangent: bool, biased: bool, shared: int) -> Tiles:
     """Tiles for ``width`` channels of ``dtype`` where a block has ``shared`` bytes of shared memory."""
     if dtype == torch.float32:
         table = _IN_FLOAT32
     elif shared > 200 * 1024:
         table = _HOPPER if with_tangent else _HOPPER_WITHOUT_TANGENT
+    elif with_tangent:
+        table = _OTHERS_WITH_BIAS if biased else _OTHERS
     else:
-        table = _OTHERS if with_tangent else _OTHERS_WITHOUT_TANGENT
+        table = _OTHERS_WITHOUT_TANGENT
+    token = width * dtype.itemsize * (4 if with_tangent else 2) * 9 // 8  # bytes, with what is exchanged
     fitting = []
-    for rows, keys, warps, stages in (*next(table[most] for most in table if width <= most), Tile(64, 32, 4, 1)):
-        token = width * dtype.itemsize * (4 if with_tangent else 2) * 9 // 8  # bytes, with what is exchanged
+    for rows, keys, warps, stages in next(table[most] for most in table if width <= most):
         while (rows + keys) * token > shared and max(rows, keys) > 16:
             rows, keys, warps = (rows // 2, keys, 4) if rows > keys else (rows, keys // 2, 4)
         fitting.append(Tile(rows, keys, warps, stages))
     return Tiles(*fitting)
-
-
-def capacity(device: torch.device) -> int:
-    """Shared memory that a block of threads can have, in bytes."""
-    return (
-        torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else 227 << 10
-    )
 
 
 def _together(dtype: torch.dtype, width: int, with_tangent: bool) -> tuple[tuple[str, ...], ...]:

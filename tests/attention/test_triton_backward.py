@@ -9,9 +9,10 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from genkit.attention import _triton_backward as kernels
-from genkit.attention import reference
+from genkit.attention import attention, attention_with_tangent, reference
 from genkit.attention._tiles import Tile
 from genkit.attention.inputs import Options, check
+from genkit.kernels import choose
 from tests.attention import closed_form
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -297,3 +298,37 @@ def test_offsets_exceed_32_bits(tmp_path):
         names = ("q", "tq", "g", "h")
         far = [torch.as_strided(storage, shape, strides, i * d) for i in range(len(names))]
         agree(replace(given, **{name: x.copy_(getattr(given, name)) for name, x in zip(names, far, strict=True)}))
+
+
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_losses_of_values_and_tangents_have_gradients(dtype, together):
+    given = problem(dtype, 1, 2, 1, 20, 36, 40, 24, hard=True)
+    bias, tbias = (torch.randn(1, 2, 20, 36).to(dtype).to(DEVICE) for _ in range(2))
+    given = replace(given, bias=bias, tbias=tbias, mask=torch.rand(1, 1, 20, 36, device=DEVICE) > 0.2)
+    leaves = [getattr(given, name).clone().requires_grad_() for name in NAMES]
+    with choose("on"):
+        if together:
+            q, k, v, bias, tq, tk, tv, tbias = leaves
+            o, to = attention_with_tangent(q, k, v, tq, tk, tv, given.mask, bias, tbias)
+        else:
+            o, to = torch.func.jvp(
+                lambda q, k, v, bias: attention(q, k, v, given.mask, bias), tuple(leaves[:4]), tuple(leaves[4:])
+            )
+        ((o * given.g).sum() + (to * given.h).sum()).backward()
+    found = errors([x.grad for x in leaves], given.by_autograd())
+    assert max(found.values()) <= TOLERANCE[dtype], found
+
+
+def test_losses_without_weights_have_gradients():
+    """What comes back of a sum has no strides."""
+    given = problem(torch.float32, 1, 2, 1, 20, 36, 16, 24)
+    leaves = [getattr(given, name).clone().requires_grad_() for name in ("q", "k", "v")]
+    with choose("on"):
+        moving = (given.tq, given.tk, given.tv)
+        o, to = torch.func.jvp(attention, tuple(leaves), moving)
+        (o.sum() + 2 * to.sum()).backward()
+    ones = torch.ones_like(given.g)
+    want = replace(given, g=ones, h=2 * ones).by_autograd()
+    for x, wanted in zip(leaves, want, strict=False):
+        assert ((x.grad.cpu() - wanted).norm() / wanted.norm()).item() <= 2e-5
