@@ -10,11 +10,11 @@ from safetensors.torch import save_file
 
 import genkit
 from genkit._files import contiguous, load_into, local, read_json, read_tensors, written
-from genkit._sara_files import SARA_NAME, SparseAdapter, component, load_sara
 from genkit.denoisers.base import FlowMap
 from genkit.denoisers.network import NetworkDenoiser, from_pipeline
 from genkit.denoisers.two_time import GapEmbedder, TwoTime
 from genkit.sara import sara_layers
+from genkit.sara_files import SARA_NAME, SparseAdapter, component, load_sara
 
 CONFIG_NAME = "flow_map_config.json"
 EMBEDDER_NAME = "gap_embedder.safetensors"

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from genkit._files import contiguous, read_tensors, written
 from genkit._flow_map_files import CONFIG_NAME, LORA_METADATA, LORA_NAME, fuse_lora
-from genkit._sara_files import SARA_NAME, SparseAdapter, mixed
 from genkit.denoisers.network import unwrap
 from genkit.sara import merge_sara, sara_layers
+from genkit.sara_files import SARA_NAME, SparseAdapter, mixed
 
 _PAIR = re.compile(r"(?P<layer>.+?)\.(?P<side>lora_A|lora\.down|lora_B|lora\.up)\.weight")
 

@@ -1,4 +1,25 @@
-"""SaRA: fine-tuning of a network's smallest weights alone, in place, with nothing added to its inference."""
+"""SaRA: fine-tuning of a network's smallest weights alone, in place, with nothing added to its inference.
+
+Any optimiser and training loop will do; in a recipe it is ``adapter: {kind: sara}``.
+
+>>> import tempfile
+>>> from genkit.sara_files import SparseAdapter, load_sara
+>>> network, x = nn.Linear(64, 64), torch.ones(1, 64)
+>>> base = nn.Linear(64, 64)
+>>> _ = base.load_state_dict(network.state_dict())
+>>> layers = add_sara(network, num_params=400)
+>>> optimizer = torch.optim.Adam([p for p in network.parameters() if p.requires_grad], lr=1e-2)
+>>> network(x).square().mean().backward()
+>>> optimizer.step()
+>>> with tempfile.TemporaryDirectory() as folder:
+...     applied = load_sara(base, SparseAdapter.of(network).save(folder))
+>>> bool(torch.equal(base(x), network(x)))
+True
+>>> applied.undo()
+>>> with without_sara(network):
+...     bool(torch.equal(base(x), network(x)))
+True
+"""
 
 import hashlib
 from collections.abc import Iterable, Iterator

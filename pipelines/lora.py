@@ -11,8 +11,8 @@ from diffusers.utils import set_weights_and_activate_adapters
 
 from genkit._files import local
 from genkit._flow_map_files import CONFIG_NAME, LORA_NAME, load_lora, unload_lora
-from genkit._sara_files import SARA_NAME, Applied, SparseAdapter
 from genkit.denoisers.network import unwrap
+from genkit.sara_files import SARA_NAME, Applied, SparseAdapter
 
 
 class LoraLoading:

@@ -10,9 +10,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from genkit._sara_files import SARA_NAME, Applied, SparseAdapter, load_sara, mixed
 from genkit.adapters import fused, mix_adapters
 from genkit.sara import add_sara, merge_sara, sara_layers
+from genkit.sara_files import SARA_NAME, Applied, SparseAdapter, load_sara, mixed
 
 SHAPES = dict(atol=1e-6, rtol=0)
 

@@ -13,11 +13,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from genkit._flow_map_files import save_lora_weights
-from genkit._sara_files import SparseAdapter
 from genkit.denoisers import TwoTime
 from genkit.denoisers.base import Denoiser
 from genkit.denoisers.network import unwrap
 from genkit.sara import add_sara, sara_layers, without_sara
+from genkit.sara_files import SparseAdapter
 
 # The projections of attention, by how Diffusers' networks and genkit's name them.
 _ATTENTION = (("to_q", "to_k", "to_v", "to_out.0"), ("qkv", "proj"))

@@ -7,13 +7,13 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from genkit._sara_files import SparseAdapter
 from genkit.adapters import mix_adapters
 from genkit.cli import app
 from genkit.denoisers import from_pipeline
 from genkit.networks.dit import DiT
 from genkit.pipelines import ClassConditionalPipeline, TextToImagePipeline
 from genkit.sara import add_sara, sara_layers
+from genkit.sara_files import SparseAdapter
 from genkit.testing import tiny
 from genkit.training.adapters import add_lora, base_network, save_lora
 from genkit.training.config import Adapter

@@ -19,12 +19,12 @@ from torch.nn.utils import parametrize
 from typer.testing import CliRunner
 
 from genkit import load_flow_map
-from genkit._sara_files import SARA_NAME
 from genkit.cli import app
 from genkit.denoisers import TwoTime, from_pipeline
 from genkit.pipelines.commands import adopt, load_pipeline
 from genkit.registry import members
 from genkit.sara import sara_layers
+from genkit.sara_files import SARA_NAME
 from genkit.testing import tiny
 from genkit.training import checkpoint, logs, machine
 from genkit.training.__main__ import train as command

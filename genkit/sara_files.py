@@ -47,8 +47,9 @@ class SparseAdapter:
             {name: {"shape": list(weights[name].shape), "sha256": sara.hashes} for name, sara in layers.items()},
         )
 
-    def save(self, folder: Path) -> Path:
+    def save(self, folder: str | Path) -> Path:
         """Write ``sara_weights.safetensors`` into ``folder``; returns the folder."""
+        folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {}
         for name, (index, delta) in self.changes.items():
@@ -163,7 +164,7 @@ def component(network: nn.Module) -> str:
 def _weights(network: nn.Module) -> dict[str, nn.Parameter]:
     """Weights by the names that they have without PEFT and SaRA."""
     return {
-        plain(name).replace(".parametrizations.weight.original", ".weight"): weight
+        plain(name).replace("parametrizations.weight.original", "weight"): weight
         for name, weight in network.named_parameters(remove_duplicate=False)
     }
 
