@@ -14,7 +14,7 @@ which no picture was shown, against the real ones in the old style: what is left
 state and all that a step computes, alive at the most.
 
 Bounds: LoRA and SaRA go 90 % of the way to the new style. SaRA, as published or not, is as far as the slow LoRA and
-nearer to the old style by a tenth. A step of SaRA takes at most 1.3 times as long as one of all weights, and less
+nearer to the old style by a tenth. A step of SaRA takes at most 1.5 times as long as one of all weights, and less
 memory.
 
     python benchmarks/light_finetuning.py --check
@@ -151,6 +151,7 @@ def base() -> dict[str, Any]:
 def main() -> None:
     torch.set_num_threads(1)
     rows = [base(), *(row(name) for name in tqdm(METHODS, unit="method", disable=None))]
+    # Methods of another kind, such as ZOODiP, add their rows here, with these columns, and their bounds below.
     took = seconds()
     for r in rows:
         r["ms"] = 1000 * took[r["method"]] if r["method"] in took else ""
@@ -166,7 +167,7 @@ def main() -> None:
         "SaRA, distance to the old style, of the slow LoRA's": (sara["FD old"] / slow["FD old"], 0.9),
         "SaRA as published, distance to the new style, of the slow LoRA's": (published["FD new"] / slow["FD new"], 1.0),
         "SaRA as published, distance to the old style, of the slow LoRA's": (published["FD old"] / slow["FD old"], 0.9),
-        "SaRA, seconds of a step, of all weights'": (took["SaRA"] / took["all weights"], 1.3),
+        "SaRA, seconds of a step, of all weights'": (took["SaRA"] / took["all weights"], 1.5),
         "SaRA, memory of a step, of all weights'": (sara["MiB"] / by["all weights"]["MiB"], 0.8),
     }
     report("light_finetuning", rows, bounds)
