@@ -43,11 +43,13 @@ class Group:
 
 
 def addresses(averages: list[Tensor], weights: list[Tensor]) -> list[int]:
+    """Where all of them lie: a :class:`Group` holds as long as this does not change."""
     return [x.data_ptr() for x in (*averages, *weights)]
 
 
 @triton.jit
 def kernel(table, step, TYPE: tl.constexpr, BLOCK: tl.constexpr):
+    """One row of a :class:`Group`'s table a program."""
     row = table + 3 * tl.program_id(0)
     average = tl.multiple_of(tl.load(row).to(tl.pointer_type(tl.float32)), 16)
     weights = tl.multiple_of(tl.load(row + 1).to(tl.pointer_type(TYPE)), 16)
