@@ -43,14 +43,13 @@ class _Selected(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, delta: Tensor, weight: Tensor, index: Tensor, active: Tensor) -> Tensor:
-        ctx.save_for_backward(index, active)
-        ctx.dtype = delta.dtype
+        ctx.save_for_backward(index, active, delta)  # the last so that autograd sees when it was changed meanwhile
         return weight.view_as(weight)
 
     @staticmethod
     def backward(ctx, gradient):
-        index, active = ctx.saved_tensors
-        return gradient.reshape(-1)[index].to(ctx.dtype) * active, None, None, None
+        index, active, delta = ctx.saved_tensors
+        return gradient.reshape(-1)[index].to(delta.dtype) * active, None, None, None
 
 
 class Sara(nn.Module):
@@ -114,7 +113,7 @@ class Sara(nn.Module):
     @torch.no_grad()
     def write(self, weight: Tensor) -> None:
         """Put the selected entries into the storage of ``weight``."""
-        # Past autograd's count of changes: between two calls of a loss the same values are written again.
+        # Past autograd's count of changes: within a loss the same values are written again at every call.
         _flat(weight.data)[self.index] = self.values.to(weight.dtype)
 
 

@@ -149,6 +149,18 @@ def test_two_calls_before_a_backward_and_one_switched_off_between():
     assert torch.equal(inputs.grad, expected) and delta.grad is None
 
 
+def test_a_change_before_the_backward_is_noticed():
+    """As that of any weight is: the gradient would be that of another network."""
+    network, x = mlp(), rows()
+    layers = add_sara(network, threshold=2e-2)
+    loss = network(x).square().mean()
+    with torch.no_grad():
+        layers["2.weight"].delta += 0.1
+        network(x)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_autocast_and_checkpointing():
     network, x = mlp(), rows()
     layers = add_sara(network, threshold=2e-2)
