@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from genkit.attention import _tiles
+from genkit.attention import _tiles, _tuning
 from genkit.attention._tiles import Tile
 from genkit.attention._triton_gradients import of_bias, of_keys, of_queries, row_sums
 from genkit.attention.inputs import Options
@@ -35,8 +35,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """``(dq, dk, dv, dbias)`` for the gradient ``g`` of ``o``; ``dbias`` in the bias' own shape."""
     no = (None,) * 4
-    needed = (needs_bias, False)
-    return _run(q, *launches(q, k, v, bias, mask, *no, o, None, lse, None, g, None, options, needed, tiles))[:4]
+    return _gradients(q, k, v, bias, mask, *no, o, None, lse, None, g, None, options, (needs_bias, False), tiles)[:4]
 
 
 def backward_with_tangent(
@@ -50,8 +49,7 @@ def backward_with_tangent(
     ``o`` and ``to`` may be in float32: in bfloat16 they cost an error of 5e-2 and more in ``dq`` where values share an
     offset, because gradients of scores are differences to ``h . o`` and ``h . to``.
     """
-    every = (q, k, v, bias, mask, tq, tk, tv, tbias, o, to, lse, mu, g, h, options, needs_bias, tiles)
-    return _run(q, *launches(*every))
+    return _gradients(q, k, v, bias, mask, tq, tk, tv, tbias, o, to, lse, mu, g, h, options, needs_bias, tiles)
 
 
 def launches(
@@ -113,7 +111,7 @@ def launches(
 _HOPPER = {
     64: Tiles(Tile(32, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 32, 4, 1)),
     128: Tiles(Tile(32, 128, 8, 2), Tile(128, 32, 8, 2), Tile(64, 32, 4, 1)),
-    256: Tiles(Tile(16, 64, 8, 2), Tile(64, 16, 8, 2), Tile(16, 32, 4, 2)),
+    256: Tiles(Tile(32, 32, 8, 2), Tile(32, 32, 8, 1), Tile(16, 32, 4, 2)),  # its dots would wait for each other
 }
 _HOPPER_WITHOUT_TANGENT = {
     128: Tiles(Tile(64, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 32, 4, 1)),
@@ -181,9 +179,43 @@ def _over(size: int, tile: int) -> int:
     return -(-size // tile)
 
 
-def _run(q: Tensor, plan: list[Launch], gradients: tuple) -> tuple:
-    with _tiles.launching(q):
-        for kernel, programs, arguments, options in plan:
-            if programs:
-                kernel[(programs,)](**arguments, **options)
+def _gradients(*every) -> tuple:
+    *inputs, tiles = every
+    with _tiles.launching(inputs[0]):
+        if tiles is None and _tuning.wanted():
+            tiles = _fastest(*inputs)
+        plan, gradients = launches(*[*inputs, tiles])
+        _run(plan)
     return gradients
+
+
+def _run(plan: list[Launch]) -> None:
+    for kernel, programs, arguments, options in plan:
+        if programs:
+            kernel[(programs,)](**arguments, **options)
+
+
+def _fastest(q, k, v, bias, mask, tq, tk, tv, tbias, o, to, lse, mu, g, h, options, needs_bias) -> Tiles:
+    """Tiles of keys and of queries that are measured, one after the other."""
+    inputs = (q, k, v, bias, mask, tq, tk, tv, tbias, o, to, lse, mu, g, h, options, needs_bias)
+    present = tuple(x is not None for x in (tq, tk, tv, tbias, g, h))
+    grids = tuple(None if x is None else x.shape[2] > 1 for x in (mask, bias))
+    lengths = tuple(x.shape[2].bit_length() for x in (q, k))
+    key = (q.device, q.dtype, q.shape[3], v.shape[3], options.is_causal, grids, present, lengths)
+    width = max(sum(_tiles.split(x.shape[3])) for x in (q, v))
+    tiles = choose(q.dtype, width, h is not None, bias is not None, _tiles.capacity(q.device))
+    for name, kernel in (("keys", of_keys), ("queries", of_queries)):
+        plans: dict[Tile, list[Launch]] = {}
+
+        def run(tile: Tile, tiles=tiles, name=name, kernel=kernel, plans=plans) -> None:
+            if tile not in plans:
+                plan, _ = launches(*inputs, tiles._replace(**{name: tile}))
+                _run(plan[:1])  # sums of rows, which the others read
+                plans[tile] = [launch for launch in plan if launch.kernel is kernel]
+            _run(plans[tile])
+
+        kept = [(kept, passing, stages) for kept in (64, 128) for passing in (16, 32, 64) for stages in (1, 2)]
+        others = [Tile(y, x, x // 16, s) if name == "keys" else Tile(x, y, x // 16, s) for x, y, s in kept]
+        best = _tuning.fastest((*key, name), (getattr(tiles, name), *others), run)
+        tiles = tiles._replace(**{name: best})
+    return tiles

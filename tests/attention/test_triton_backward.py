@@ -300,6 +300,25 @@ def test_offsets_exceed_32_bits(tmp_path):
         agree(replace(given, **{name: x.copy_(getattr(given, name)) for name, x in zip(names, far, strict=True)}))
 
 
+def test_the_fastest_tiles_are_taken(monkeypatch):
+    asked = {}
+
+    def fastest(key, tiles, run):
+        tile = [x for x in tiles if x.stages == 1][0]
+        run(tile)
+        asked[key] = tile
+        return tile
+
+    monkeypatch.setattr(kernels._tuning, "wanted", lambda: True)
+    monkeypatch.setattr(kernels._tuning, "fastest", fastest)
+    given = problem(torch.float16, 1, 1, 1, 20, 20, 16, 16)
+    agree(given, tiles=None)
+    assert [(key[-1], tile) for key, tile in asked.items()] == [
+        ("keys", Tile(16, 64, 4, 1)),
+        ("queries", Tile(64, 16, 4, 1)),
+    ]
+
+
 @pytest.mark.parametrize("together", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_losses_of_values_and_tangents_have_gradients(dtype, together):

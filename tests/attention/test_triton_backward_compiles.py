@@ -29,12 +29,12 @@ def launch(arch, dtype, d, which, tangent=True, capacity=None, is_causal=False, 
     return launched.kernel, launched.arguments, launched.options
 
 
-def check(cases, spilled):
+def check(cases, spilled, serialised=False):
     """``spilled``: bytes a thread that are written or read in the code, once each."""
     for x in compiled("tests.attention.test_triton_backward_compiles", cases, timeout=1200):
         print(x)
         assert x["shared"] <= SHARED[x["arch"]], x
-        assert x["spilled"] <= spilled and not x["serialised"], x
+        assert x["spilled"] <= spilled and x["serialised"] <= serialised, x
         assert x["wgmma" if x["arch"] == 90 and max(x["rows"], x["keys"]) >= 64 else "mma"], x
 
 
@@ -58,10 +58,10 @@ def test_sums_keep_to_registers(arch):
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", [80, 90])
 def test_other_sizes_fit(arch):
-    check([case(arch, 256, i) for i in range(4)] + [case(arch, 256, i, tangent=False) for i in range(2)], spilled=3072)
+    check([case(arch, 256, i) for i in range(4)] + [case(arch, 256, i, tangent=False) for i in range(2)], spilled=1024)
     check([case(arch, 64, i, "float32") for i in range(2)], spilled=1024)
     biased = [case(arch, d, i, bias=[1, 16, 1000, 1000]) for d, count in ((64, 3), (128, 4)) for i in range(count)]
-    check(biased, spilled=1024)
+    check(biased, spilled=2048, serialised=True)  # on Hopper dots wait: a bias is not loaded ahead
 
 
 @pytest.mark.slow
