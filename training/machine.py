@@ -90,15 +90,10 @@ def check(made: Accelerator, config: TrainConfig, objective: Objective, phases: 
     """Refuse a method that cannot train on this machine.
 
     Raises:
-        ValueError: it trains several networks, or by several losses, on FSDP or DeepSpeed; FSDP's own limits.
+        ValueError: it trains several networks, by several losses, or a SaRA, on FSDP or DeepSpeed; FSDP's own limits.
     """
     if made.distributed_type in _WHOLE:
         return
-    if config.adapter.kind == "sara":
-        raise ValueError(
-            f"{made.distributed_type.value}: adapter.kind=sara writes single entries of whole weights, which it lays "
-            "out anew; train it with DDP (`accelerate launch --multi_gpu`)"
-        )
     name, kind = type(objective).__name__, made.distributed_type.value
     trained = {role for phase in phases for role in phase.trains}
     if len(trained) > 1 or any(phase.backwards > 1 for phase in phases):
@@ -111,6 +106,11 @@ def check(made: Accelerator, config: TrainConfig, objective: Objective, phases: 
         raise ValueError(
             f"{kind}: objective={name} changes the weights of {moved} beside the optimiser, which it cannot; train it "
             "with DDP (`accelerate launch --multi_gpu`)"
+        )
+    if config.adapter.kind == "sara":
+        raise ValueError(
+            f"{kind}: adapter.kind=sara writes single entries of whole weights, which it lays "
+            "out anew; train it with DDP (`accelerate launch --multi_gpu`)"
         )
     if made.distributed_type == DistributedType.FSDP:
         sharding.check(objective, sampling=config.sampling.every, evaluation=config.evaluation.every)

@@ -325,4 +325,4 @@ def test_refusals(toys, teacher, tmp_path):
     )
     for kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         with pytest.raises(ValueError, match=f"{kind.value}: adapter.kind=sara writes single entries of whole weights"):
-            machine.check(SimpleNamespace(distributed_type=kind), config, None, [])
+            machine.check(SimpleNamespace(distributed_type=kind), config, SimpleNamespace(roles={}), [])
