@@ -33,7 +33,7 @@ from typing import Any
 
 import torch
 from _common import paired, report
-from reward_memory import Peak
+from _memory import Peak
 from torch import Tensor
 from tqdm import tqdm
 
