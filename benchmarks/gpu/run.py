@@ -19,7 +19,9 @@ from _measure import Row, main
 ROOT = Path(__file__).parents[2]
 PARTS = ("tests/gpu/run.py", *(f"benchmarks/gpu/{name}.py" for name in ("attention", "training_step", "fused")))
 # Their bodies are interpreted where there is no GPU, and compiled where there is one.
-TESTS = ("tests/attention", "tests/quantizers", "tests/training/test_ema.py")
+KERNELS = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("tests/**/test_triton_*.py"))
+OTHERS = [path for path in KERNELS if not path.startswith("tests/attention/")]
+TESTS = ("tests/attention", "tests/training/test_ema.py", *OTHERS)
 LIMIT = 480  # seconds a part
 
 
