@@ -27,6 +27,7 @@ __all__ = [
     "attention_processor",
     "backend_function",
     "backend_names",
+    "casting_dtype",
     "component_names",
     "execution_device",
     "has_backend",
@@ -133,16 +134,21 @@ def backend_names() -> list[str]:
 
 
 def add_backend(name: str, function: Callable) -> None:
-    """Teach Diffusers' dispatcher an attention backend; what is there already stays.
+    """Teach Diffusers' dispatcher an attention backend.
 
-    ``function`` is called as the dispatcher calls its own, with tensors ``(B, N, H, D)``.
+    ``function`` is called as the dispatcher calls its own, with tensors ``(B, N, H, D)``; it is given those arguments
+    that its signature names.
 
     Raises:
+        ValueError: the name is that of another backend.
         RuntimeError: this Diffusers keeps its backends in another way.
     """
     dispatcher = _dispatcher()
     enum, registry = dispatcher.AttentionBackendName, dispatcher._AttentionBackendRegistry
-    if name in (member.value for member in enum):
+    taken = {part: member for member in enum for part in (member.value, member.name)}
+    if known := taken.get(name, taken.get(name.upper())):
+        if registry._backends.get(known) != function:
+            raise ValueError(f"name={name!r} is an attention backend already; choose another name")
         return
     # The enumeration is closed, and its names are looked up in it, so that it has to be given a member.
     member = str.__new__(enum, name)
@@ -156,6 +162,8 @@ def add_backend(name: str, function: Callable) -> None:
 def backend_function(name: str) -> tuple[Any, Callable, set[str]]:
     """An attention backend of the dispatcher: its member, its function, and names of the arguments it takes.
 
+    Where a function refuses some of the arguments that its signature names, its attribute ``takes`` has the others.
+
     Hub kernels are downloaded, as Diffusers does it when they are chosen.
 
     Raises:
@@ -166,7 +174,7 @@ def backend_function(name: str) -> tuple[Any, Callable, set[str]]:
     dispatcher._check_attention_backend_requirements(member)
     dispatcher._maybe_download_kernel_for_backend(member)
     function = dispatcher._AttentionBackendRegistry._backends[member]
-    return member, function, set(inspect.signature(function).parameters)
+    return member, function, set(getattr(function, "takes", inspect.signature(function).parameters))
 
 
 @contextmanager
@@ -179,6 +187,15 @@ def active_backend(member: Any) -> Iterator[None]:
         yield
     finally:
         registry._active_backend = before
+
+
+def casting_dtype(module: nn.Module) -> torch.dtype | None:
+    """What a module computes in under Diffusers' layerwise casting, whatever its weights lie in; else ``None``."""
+    for part in module.modules():
+        hooks = getattr(part, "_diffusers_hook", None)
+        if (hook := hooks and hooks.get_hook("layerwise_casting")) is not None:
+            return hook.compute_dtype
+    return None
 
 
 def attention_processor(module: nn.Module) -> Any:

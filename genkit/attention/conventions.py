@@ -1,6 +1,8 @@
 """How Diffusers and Transformers call attention, and how PyTorch does: from each way to the others."""
 
+import inspect
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -27,11 +29,19 @@ def as_diffusers(
         ValueError: ``return_lse``, context parallelism, causality with fewer or more queries than keys, dropout,
             heads that differ without ``enable_gqa``.
     """
+    attn_mask = _checked("genkit", query, key, attn_mask, is_causal, return_lse, _parallel_config)
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    o = scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    return o.transpose(1, 2)
+
+
+def _checked(name, query, key, attn_mask, is_causal, return_lse, parallel) -> Tensor | None:
+    """The mask in four axes, after a check of what Diffusers' dispatcher may ask beyond PyTorch's arguments."""
     if return_lse:
-        raise ValueError("return_lse=True: attention backend 'genkit' returns no log-sum-exp; choose 'flash' for it")
-    if _parallel_config is not None:
+        raise ValueError(f"return_lse=True: attention backend {name!r} returns no log-sum-exp; choose 'flash' for it")
+    if parallel is not None:
         raise ValueError(
-            "attention backend 'genkit' does not split sequences over devices (context parallelism); choose 'native'"
+            f"attention backend {name!r} does not split sequences over devices (context parallelism); choose 'native'"
         )
     if is_causal and query.shape[1] != key.shape[1]:
         raise ValueError(
@@ -39,10 +49,51 @@ def as_diffusers(
             "which corner the triangle starts in; give attn_mask, boolean, (1, 1, queries, keys)"
         )
     if attn_mask is not None and attn_mask.shape == (query.shape[0], key.shape[1]):
-        attn_mask = attn_mask[:, None, None]
-    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    o = scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    return o.transpose(1, 2)
+        return attn_mask[:, None, None]
+    return attn_mask
+
+
+_ARGUMENTS = ("attn_mask", "dropout_p", "is_causal", "scale")
+
+
+@cache
+def of_user(name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A user's function as a backend of Diffusers' dispatcher, which drops what a signature does not name."""
+    parameters = inspect.signature(function).parameters
+    every = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    takes = {n for n in (*_ARGUMENTS, "enable_gqa") if every or n in parameters}
+
+    def attend(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+        return_lse: bool = False,
+        _parallel_config: Any = None,
+    ) -> Tensor:
+        attn_mask = _checked(name, query, key, attn_mask, is_causal, return_lse, _parallel_config)
+        given = _taken(name, takes, attn_mask, dropout_p, is_causal, scale)
+        if enable_gqa and "enable_gqa" in takes:
+            given["enable_gqa"] = True
+        elif enable_gqa:
+            key, value = (x.repeat_interleave(query.shape[2] // x.shape[2], dim=2) for x in (key, value))
+        return function(query, key, value, **given)
+
+    attend.takes = takes  # type: ignore[attr-defined]
+    return attend
+
+
+def _taken(name: str, takes: set[str], *values: Any) -> dict[str, Any]:
+    """The arguments that a backend takes; what it does not take is refused where it is asked for."""
+    mask, dropout, is_causal, scale = values
+    for argument, asked in zip(_ARGUMENTS, (mask is not None, dropout > 0, is_causal, scale is not None), strict=True):
+        if asked and argument not in takes:
+            raise ValueError(f"attention backend {name!r} has no {argument}; choose 'native' or 'genkit'")
+    return {argument: value for argument, value in zip(_ARGUMENTS, values, strict=True) if argument in takes}
 
 
 def from_diffusers(name: str, function: Callable, takes: set[str]) -> Callable[..., Tensor]:
@@ -58,12 +109,7 @@ def from_diffusers(name: str, function: Callable, takes: set[str]) -> Callable[.
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        given = {"attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal, "scale": scale}
-        asked = (attn_mask is not None, dropout_p > 0, is_causal, scale is not None)
-        for argument, wanted in zip(given, asked, strict=True):
-            if wanted and argument not in takes:
-                raise ValueError(f"attention backend {name!r} has no {argument}; choose 'native' or 'genkit'")
-        given = {argument: value for argument, value in given.items() if argument in takes}
+        given = _taken(name, takes, attn_mask, dropout_p, is_causal, scale)
         if query.ndim == 3:  # of one head
             mask = attn_mask[:, None] if attn_mask is not None and attn_mask.ndim == 3 else attn_mask
             q, k, v = (x[:, None] for x in (query, key, value))

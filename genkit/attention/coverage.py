@@ -1,12 +1,15 @@
 """Where a model computes attention, and which of these places a backend can be put into."""
 
 import re
+import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cache
-from types import CodeType, FunctionType
+from functools import cache, partial
+from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, Literal
 
-from torch import nn
+from torch import jit, nn
+from torch.nn import functional as F
 
 _DIRECT, _DISPATCH, _INTERFACE = "scaled_dot_product_attention", "dispatch_attention_fn", "ALL_ATTENTION_FUNCTIONS"
 
@@ -104,6 +107,8 @@ def _way(module: nn.Module, backend: str) -> tuple[Way | None, str]:
 
     if isinstance(module, nn.MultiheadAttention):
         return None, "PyTorch computes it within one function"
+    if isinstance(module, jit.ScriptModule):
+        return None, "TorchScript computes it"
     processor = attention_processor(module)
     if processor is not None and has_backend(processor):
         if accepts_backend(processor, backend):
@@ -122,10 +127,10 @@ def _way(module: nn.Module, backend: str) -> tuple[Way | None, str]:
 def calls(module: nn.Module) -> set[str]:
     """Which of the doors to attention the code of a module's forward, or of its processor's, goes through.
 
-    Functions and methods of the same library that are called there are followed.
+    Functions and methods that are called there are followed, also those of base classes, other libraries, and those
+    kept as attributes. PyTorch's function is known under any name.
     """
-    owners: tuple[Any, Any] = type(module), type(getattr(module, "processor", None))
-    return _calls(owners[0], "forward") | _calls(owners[1], "__call__")
+    return _doors(module, "forward") | _doors(getattr(module, "processor", None), "__call__")
 
 
 def asks_dispatcher(module: nn.Module) -> bool:
@@ -133,30 +138,85 @@ def asks_dispatcher(module: nn.Module) -> bool:
     return _DISPATCH in calls(module)
 
 
+def _doors(owner: Any, entry: str) -> set[str]:
+    attributes = getattr(owner, "__dict__", {}).items()
+    kept = {name: f for name, f in attributes if name != "forward" and _plain(f) is not None}
+    # What an instance keeps may hold on to tensors, and had better not be cached.
+    return _search(type(owner), entry, kept) if kept else _doors_of_class(type(owner), entry)
+
+
 @cache
-def _calls(owner: Any, entry: str) -> set[str]:
+def _doors_of_class(owner: type, entry: str) -> set[str]:
+    return _search(owner, entry, {})
+
+
+def _search(owner: type, entry: str, kept: Mapping[str, Any]) -> set[str]:
     found: set[str] = set()
-    todo, seen = [getattr(owner, entry, None)], set()
+    todo, seen = [_plain(getattr(owner, entry, None))], set()
     while todo:
-        function = _plain(todo.pop())
+        function = todo.pop()
         if function is None or function in seen:
             continue
+        if function is F.scaled_dot_product_attention:
+            found.add(_DIRECT)
         seen.add(function)
-        library = function.__module__.partition(".")[0]
-        for name in _names(function.__code__):
-            if name in (_DIRECT, _DISPATCH, _INTERFACE):
+        if not isinstance(function, FunctionType):
+            continue
+        for name, there in _named(function, owner, kept):
+            if name in (_DISPATCH, _INTERFACE) or (name == _DIRECT and not there):
                 found.add(name)
-                continue
-            there = _plain(function.__globals__.get(name)) or _plain(getattr(owner, name, None))
-            if there is not None and there.__module__.partition(".")[0] == library != "torch":
-                todo.append(there)
+            else:
+                direct = F.scaled_dot_product_attention
+                todo += [other for other in there if other is direct or not _outside(other.__module__)]
     return found
 
 
-def _plain(function: Any) -> FunctionType | None:
-    while hasattr(function, "__wrapped__"):
-        function = function.__wrapped__
-    return function if isinstance(function, FunctionType) else None
+def _named(function: FunctionType, owner: type, kept: Mapping[str, Any]) -> Iterator[tuple[str, list[Any]]]:
+    """Every name in the code of a function, with the functions that it may stand for."""
+    code = function.__code__
+    names = _names(code)
+    enclosed = {name: _content(cell) for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True)}
+    known = {**function.__globals__, **enclosed}
+    modules = [m for m in map(known.get, names) if isinstance(m, ModuleType) and not _outside(m.__name__)]
+    bases = [vars(base) for base in _after(owner, enclosed.get("__class__"))] if "super" in names else []
+    for name in names | set(enclosed):
+        inherited = next((base[name] for base in bases if name in base), None)
+        # vars: to ask a module for a name may import
+        of_modules = (vars(module).get(name) for module in modules)
+        values = (known.get(name), kept.get(name), getattr(owner, name, None), inherited, *of_modules)
+        yield name, [plain for value in values if (plain := _plain(value)) is not None]
+
+
+def _after(owner: type, base: Any) -> tuple[type, ...]:
+    order = owner.__mro__
+    return order[order.index(base) + 1 :] if base in order else ()
+
+
+def _content(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # it is empty yet
+        return None
+
+
+def _outside(module: str | None) -> bool:
+    """Of libraries in which no network's attention is written."""
+    library = (module or "").partition(".")[0]
+    return library == "torch" or library in sys.stdlib_module_names
+
+
+def _plain(function: Any) -> Any:
+    """The Python function, or PyTorch's attention, in decorators, methods and ``partial``; ``None`` for all else."""
+    while True:
+        if isinstance(function, partial):
+            function = function.func
+        elif isinstance(function, MethodType):
+            function = function.__func__
+        elif hasattr(type(function), "__get__") and hasattr(function, "__wrapped__"):
+            function = function.__wrapped__
+        else:
+            break
+    return function if isinstance(function, FunctionType) or function is F.scaled_dot_product_attention else None
 
 
 def _names(code: CodeType) -> set[str]:
@@ -165,4 +225,5 @@ def _names(code: CodeType) -> set[str]:
 
 
 def _looks_like_attention(module: nn.Module) -> bool:
-    return isinstance(module, nn.MultiheadAttention) or re.search("Attention|Attn", type(module).__name__) is not None
+    kind = module.original_name if isinstance(module, jit.ScriptModule) else type(module).__name__
+    return isinstance(module, nn.MultiheadAttention) or re.search("Attention|Attn", kind) is not None

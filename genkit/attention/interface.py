@@ -11,15 +11,19 @@ from transformers.masking_utils import sdpa_mask
 from genkit.attention import conventions
 
 
-def implement(network: nn.Module, name: str, own: str | None, compute: Callable, stack: ExitStack) -> None:
+def implement(network: nn.Module, name: str, own: str | None, compute: Callable, stack: ExitStack) -> list[Any]:
     """Let Transformers' models in ``network`` attend by ``compute``, or by what they call ``own``; ``stack`` undoes it.
+
+    Returns the configs that hold the choice.
 
     Raises:
         ValueError: a model does not take it, with Transformers' reason.
     """
     wanted = own or _register(name, compute)
+    changed: list[Any] = []
     for model in _outermost(network):
-        for config in reversed(_configs(model)):  # a config hands its setting on to those in it, so they come after it
+        changed += (configs := _configs(model))
+        for config in reversed(configs):  # a config hands its setting on to those in it, so they come after it
             stack.callback(setattr, config, "_attn_implementation", config._attn_implementation)
         # What Transformers takes by default, where a model has no scaled_dot_product_attention.
         default = "sdpa" if getattr(model, "_supports_sdpa", False) else "eager"
@@ -27,11 +31,12 @@ def implement(network: nn.Module, name: str, own: str | None, compute: Callable,
             model.set_attn_implementation(default if name == "native" else wanted)
         except ImportError as error:
             raise ValueError(f"backend={name!r}: {error}") from error
+    return changed
 
 
 def _register(name: str, compute: Callable) -> str:
     # Wherever a name has "flash" in it, Transformers gives masks in another form.
-    registered = name if name == "genkit" else f"diffusers:{name.replace('flash', 'fa')}"
+    registered = name if name == "genkit" else f"diffusers:{name.replace('flash', 'fl-ash')}"
     AttentionInterface.register(registered, conventions.from_transformers(compute))
     # Without this a name gets no masks at all, and no error.
     AttentionMaskInterface.register(registered, sdpa_mask)

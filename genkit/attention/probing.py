@@ -108,14 +108,15 @@ def _results(attend: Callable, x: Tensor, tangent: bool, gradient: bool) -> list
     return [(what, part.detach()) for what, part in results]
 
 
-def head_size(module: nn.Module) -> int:
-    """Channels a head of an attention module has, read off its attributes; 64 where they do not say."""
+def head_size(module: nn.Module) -> tuple[int, bool]:
+    """Channels a head of an attention module has, by its attributes, and whether they say so: else 64 is assumed."""
     for name in ("head_dim", "dim_head", "attention_head_dim", "key_value_proj_dim"):
         if isinstance(size := getattr(module, name, None), int):
-            return size
+            return size, True
     heads = next((n for name in ("heads", "num_heads", "num_attention_heads") if (n := getattr(module, name, 0))), 0)
     width = next((w for name in ("inner_dim", "embed_dim", "hidden_size") if (w := getattr(module, name, 0))), 0)
     for name, share in (("qkv", 3), ("to_qkv", 3), ("to_q", 1), ("q_proj", 1)):
         layer = getattr(module, name, None)
         width = width or getattr(layer, "out_features", 0) // share
-    return width // heads if isinstance(heads, int) and isinstance(width, int) and heads and width else 64
+    known = isinstance(heads, int) and isinstance(width, int) and bool(heads and width)
+    return (width // heads, True) if known else (64, False)

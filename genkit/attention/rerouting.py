@@ -40,6 +40,11 @@ def rerouted_to(module: nn.Module) -> str | None:
     return getattr(type(module), "_rerouted", (None, None))[1]
 
 
+def unrerouted(module: nn.Module) -> type:
+    """A module's class without the backend that it was rerouted to."""
+    return vars(type(module)).get("_rerouted", (type(module),))[0]
+
+
 @cache
 def _rerouted(original: Any, name: str, compute: Callable[..., Tensor], active: Any) -> Any:
     inner = original.forward

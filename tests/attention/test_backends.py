@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from genkit import _diffusers, kernels
-from genkit.attention import attention_coverage, backends, probing, sdpa, use
+from genkit.attention import attention_coverage, backends, conventions, probing, sdpa, use
 from genkit.attention.rerouting import rerouted_to
 from genkit.networks.dit import DiT
 from tests.attention._networks import NAMES, build
@@ -189,18 +189,6 @@ def test_what_was_done_is_undone_where_a_later_network_fails(tiny_pipeline, monk
     assert (settings(pipe.text_encoder), settings(pipe.transformer)) == before
 
 
-def test_uses_undone_in_the_wrong_order_say_so(tiny_pipeline):
-    net = build("dit", tiny_pipeline)
-    before = settings(net.module)
-    first, second = use(net.module, "genkit"), use(net.module, "_native_math")
-    with pytest.raises(RuntimeError, match="was changed later than its backend; undo that first"):
-        first.restore()
-    assert rerouted_to(net.module.transformer_blocks[0].attn1) == "_native_math"
-    second.restore()
-    first.restore()
-    assert settings(net.module) == before
-
-
 def test_a_class_that_something_else_changed_is_not_lost(tiny_pipeline):
     # As torch.distributed.fsdp.fully_shard does.
     net = build("dit", tiny_pipeline)
@@ -208,7 +196,7 @@ def test_a_class_that_something_else_changed_is_not_lost(tiny_pipeline):
     attention = net.module.transformer_blocks[0].attn1
     ours = type(attention)
     attention.__class__ = type("Sharded", (ours,), {})
-    for change in (chosen.restore, lambda: use(net.module, "_native_math")):
+    for change in (chosen.restore, chosen.restore, lambda: use(net.module, "_native_math")):
         with pytest.raises(RuntimeError, match="undo that first"):
             change()
     attention.__class__ = ours
@@ -375,22 +363,47 @@ def test_auto_on_a_hopper(monkeypatch, faults, deterministic, name, reason):
     backends._fastest.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(backends, "problem", lambda *args, masked=False, **kwargs: faults.get(masked))
-    sizes = ((torch.device("cuda", 0), torch.bfloat16, 64),)
+    sizes = (backends.Size(torch.device("cuda", 0), torch.bfloat16, 64),)
     chosen, why = backends._fastest(sizes, False, False, "auto", deterministic)
     assert chosen == name and reason in why
     assert backends._fastest(sizes, True, False, "auto", deterministic)[0] == "genkit"
     backends._fastest.cache_clear()
 
 
-def test_eager_attention_on_a_gpu_is_said(monkeypatch, said):
+def test_eager_attention_on_a_gpu_is_said(monkeypatch, said, tiny_pipeline):
+    size = backends.Size(torch.device("cuda", 0), torch.bfloat16, 64)
+    records = attention_coverage(build("dit", tiny_pipeline).module)
     monkeypatch.setattr(kernels, "obstacle", lambda kind: "triton is not installed: pip install triton")
-    sizes = ((torch.device("cuda", 0), torch.bfloat16, 64),)
-    backends._warn("net", "genkit", sizes, attention_coverage(nn.Linear(1, 1)))
+    backends._warn("net", "genkit", (size,), records)
     monkeypatch.setattr(kernels, "obstacle", lambda kind: None)
-    backends._warn("net", "genkit", sizes, attention_coverage(nn.Linear(1, 1)))
-    backends._warn("net", "genkit", ((sizes[0][0], torch.bfloat16, 12),), attention_coverage(nn.Linear(1, 1)))
-    logged = [record.getMessage() for record in said.records]
-    assert len(logged) == 2 and "pip install triton" in logged[0] and "12 channels a head" in logged[1]
+    backends._warn("net", "genkit", (size,), records)
+    for unfit in (dict(channels=12), dict(channels=20, assumed=True), dict(dtype=torch.float64)):
+        backends._warn("net", "genkit", (size._replace(**unfit),), records)
+    logged = [record.getMessage() for record in said.records if record.name == "genkit.attention"]
+    says = ["pip install triton", "12 channels a head in", r"20 channels a head (assumed) in", "in torch.float64"]
+    assert len(logged) == 4 and all(part in line for part, line in zip(says, logged, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("unfit", "word"), [({}, "fused"), (dict(channels=20), "eager"), (dict(dtype=torch.float64), "eager")]
+)
+def test_auto_says_fused_only_where_a_kernel_computes(monkeypatch, unfit, word):
+    monkeypatch.setattr(kernels, "obstacle", lambda kind: None)
+    backends._fastest.cache_clear()
+    size = backends.Size(torch.device("cuda", 0), torch.bfloat16, 64)
+    for sizes in ((size._replace(**unfit),), (size, size._replace(**unfit))):
+        assert backends._fastest(sizes, True, False, "auto", False)[1].endswith(f"and is {word} here")
+    backends._fastest.cache_clear()
+
+
+def test_auto_does_not_take_cudnn_on_consumers_blackwell(monkeypatch):
+    monkeypatch.setattr(backends, "problem", lambda *args, **kwargs: None)
+    sizes = (backends.Size(torch.device("cuda", 0), torch.bfloat16, 64),)
+    for capability, name in (((12, 0), "native"), ((10, 0), "_native_cudnn")):
+        backends._fastest.cache_clear()
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
+        assert backends._fastest(sizes, False, False, "auto", False)[0] == name
+    backends._fastest.cache_clear()
 
 
 def test_bad_input(tiny_pipeline):
@@ -461,7 +474,7 @@ def test_another_diffusers_is_named(monkeypatch):
 
 def test_our_member_is_added_once():
     for _ in range(2):
-        _diffusers.add_backend("genkit", None)
+        _diffusers.add_backend("genkit", conventions.as_diffusers)
     assert _diffusers.backend_names().count("genkit") == 1
     member = attention_dispatch.AttentionBackendName("genkit")
     assert copy.deepcopy(member) is member and _diffusers.backend_function("genkit")[0] is member
