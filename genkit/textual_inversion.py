@@ -16,7 +16,8 @@ from genkit.denoisers.base import Denoiser
 
 logger = logging.getLogger("genkit")
 
-_NAMES = ("learned_embeds.safetensors", "learned_embeds_2.safetensors", "learned_embeds_3.safetensors")
+FILES = ("learned_embeds.safetensors", "learned_embeds_2.safetensors", "learned_embeds_3.safetensors")
+ABOUT = "textual_inversion.json"  # which token, of which tables
 
 
 class Embedding(nn.Module):
@@ -53,10 +54,10 @@ class Embedding(nn.Module):
         """Write ``{token: (1, d)}``, a file a table, as Diffusers' ``load_textual_inversion`` reads them."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        for name, value in zip(_NAMES, self.values, strict=False):
+        for name, value in zip(FILES, self.values, strict=False):
             save_file({self.token: value.detach().float().cpu()[None].contiguous()}, folder / name)
         about = {"token": self.token, "tables": [row.name for row in self.rows]}
-        (folder / "textual_inversion.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+        (folder / ABOUT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
 
 class Row(nn.Module):
@@ -168,12 +169,12 @@ def load(pipe: Any, folder: str | Path) -> str:
         ValueError: no such files; a token that exists already; files for other encoders than the pipeline has.
     """
     folder = Path(folder)
-    about_file = folder / "textual_inversion.json"
+    about_file = folder / ABOUT
     if not about_file.is_file():
-        raise ValueError(f"{folder} holds no textual_inversion.json; expected what a run of textual inversion wrote")
+        raise ValueError(f"{folder} holds no {ABOUT}; expected what a run of textual inversion wrote")
     about = json.loads(about_file.read_text(encoding="utf-8"))
     token, encoders = about["token"], text_encoders(pipe)
-    vectors = [load_file(folder / name)[token][0] for name, _ in zip(_NAMES, about["tables"], strict=False)]
+    vectors = [load_file(folder / name)[token][0] for name, _ in zip(FILES, about["tables"], strict=False)]
     if about["tables"] == ["class_embed"]:
         network = next(v for k, v in pipe.components.items() if k in ("transformer", "unet"))
         _, _, table = _label_table(network)

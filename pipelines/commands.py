@@ -148,7 +148,8 @@ def sample_to_folder(
         num_inference_steps: by default the pipeline's own; see :func:`parse_steps`.
         num_images: of each prompt or label; of an unconditional network, in all.
         guider, scheduler: see :func:`parse_guider`, :func:`parse_scheduler`.
-        adapters: LoRAs and SaRAs as ``folder`` or ``folder=0.7``, added up with these scales.
+        adapters: LoRAs and SaRAs as ``folder`` or ``folder=0.7``, added up with these scales, and words or classes
+            that were learned.
         arguments: others of the pipeline's call, as ``height=512,negative_prompt='blurry'``.
         dtype: ``float32``, ``float16`` or ``bfloat16``.
         offload: keep only the component that is computing on the device.

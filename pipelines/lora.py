@@ -1,4 +1,4 @@
-"""Adapters of a pipeline's network, whichever network it is: LoRAs beside its weights, SaRAs in them."""
+"""Adapters of a pipeline, whichever its network: LoRAs beside its weights, SaRAs in them, words and classes learned."""
 
 import math
 import warnings
@@ -9,6 +9,7 @@ from typing import Any
 
 from diffusers.utils import set_weights_and_activate_adapters
 
+from genkit import textual_inversion
 from genkit._files import local
 from genkit._flow_map_files import CONFIG_NAME, LORA_NAME, load_lora, unload_lora
 from genkit.denoisers.network import unwrap
@@ -30,13 +31,21 @@ class LoraLoading:
     _applied: Applied | None = None  # the sum of those
 
     def load_adapter(self, path: str | Path, adapter_name: str = "default", scale: float = 1.0) -> None:
-        """Load a LoRA (:meth:`load_lora_weights`) or a SaRA (:meth:`load_sara_weights`), whichever is there.
+        """Load a LoRA (:meth:`load_lora_weights`), a SaRA (:meth:`load_sara_weights`), or a word or class that was
+        learned (:func:`genkit.textual_inversion.load`), whichever is there.
 
         Raises:
-            FileNotFoundError, ValueError: as there.
+            FileNotFoundError, ValueError: as there; a scale of what has none.
         """
         file = Path(path)
-        found = file if file.is_file() else local(path, [LORA_NAME, SARA_NAME, CONFIG_NAME]) / SARA_NAME
+        names = [LORA_NAME, SARA_NAME, CONFIG_NAME, textual_inversion.ABOUT, *textual_inversion.FILES]
+        folder = file.parent if file.is_file() else local(path, names)
+        if not file.is_file() and (folder / textual_inversion.ABOUT).is_file():
+            if scale != 1:
+                raise ValueError(f"scale={scale}: {folder} holds a word or class, which has no strength; leave it out")
+            textual_inversion.load(self, folder)
+            return
+        found = file if file.is_file() else folder / SARA_NAME
         load = self.load_sara_weights if found.name == SARA_NAME and found.is_file() else self.load_lora_weights
         load(path, adapter_name, scale)
 
