@@ -24,6 +24,7 @@ def attention(
     bias: Tensor | None = None,
     is_causal: bool = False,
     scale: float | None = None,
+    eager: bool = False,
 ) -> Tensor:
     """Attention ``o = softmax(scale q k^T + bias) v`` with forward mode, and gradients of value and tangent.
 
@@ -40,18 +41,19 @@ def attention(
         bias: added to scores, in q's dtype, broadcast likewise; may require gradients and carry a tangent.
         is_causal: query i attends to keys up to i, where ``M = N``.
         scale: of scores, by default ``D ** -0.5``.
+        eager: plain PyTorch, whatever ``GENKIT_KERNELS`` says.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, with what is accepted.
-        RuntimeError: a second derivative of fused attention.
+        RuntimeError: a second derivative of fused attention, or ``torch.vmap`` over it, as in ``jacfwd``.
     """
     tensors = (q, k, v, mask, bias)
     if has_torch_function(tensors):
         return handle_torch_function(
-            attention, tensors, q, k, v, mask=mask, bias=bias, is_causal=is_causal, scale=scale
+            attention, tensors, q, k, v, mask=mask, bias=bias, is_causal=is_causal, scale=scale, eager=eager
         )
     inputs = check(q, k, v, mask, bias, is_causal, scale)
-    return _ways(inputs)[0](inputs)
+    return _ways(inputs, eager)[0](inputs)
 
 
 def attention_with_tangent(
@@ -66,13 +68,14 @@ def attention_with_tangent(
     tbias: Tensor | None = None,
     is_causal: bool = False,
     scale: float | None = None,
+    eager: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """:func:`attention` and its derivative along ``(tq, tk, tv, tbias)``, as one operation.
 
     ``o = p v`` and ``to = (p * (t - mu)) v + p tv``, where ``t = scale (tq k^T + q tk^T) + tbias`` and ``mu`` is the
     mean of ``t`` under ``p``, row by row. Tangents that are ``None`` are 0 and cost nothing. Both outputs have
-    gradients to all inputs. This is for networks that carry values and tangents side by side, and for
-    ``torch.compile``, which loses what goes through forward mode.
+    gradients to all inputs, and no forward mode where it is fused. This is for networks that carry values and tangents
+    side by side, and for ``torch.compile``, which loses what goes through forward mode.
 
     Args and errors are those of :func:`attention`; ``tq``, ``tk``, ``tv`` have the shapes of ``q``, ``k``, ``v``.
 
@@ -81,7 +84,7 @@ def attention_with_tangent(
     """
     inputs = check(q, k, v, mask, bias, is_causal, scale)
     tangents = check_tangents(inputs, tq, tk, tv, tbias)
-    return _ways(inputs)[1](inputs, *tangents)
+    return _ways(inputs, eager)[1](inputs, *tangents)
 
 
 def fits(*tensors: Tensor) -> bool:
@@ -89,8 +92,8 @@ def fits(*tensors: Tensor) -> bool:
     return all(x.shape[-1] % 8 == 0 and 16 <= x.shape[-1] <= 256 for x in tensors)
 
 
-def _ways(inputs: Inputs) -> tuple[Callable, Callable]:
-    if not _fused(inputs):
+def _ways(inputs: Inputs, eager: bool) -> tuple[Callable, Callable]:
+    if eager or not _fused(inputs):
         return _EAGER
     return _COMPILED if torch.compiler.is_compiling() else _FUSED
 
@@ -102,6 +105,6 @@ def _fused(inputs: Inputs) -> bool:
         if not fits(x):
             raise ValueError(
                 f"{name} have {x.shape[-1]} channels a head; fused attention takes multiples of 8 from 16 to 256: pad "
-                "with zeros and give scale, or take eager attention by GENKIT_KERNELS=off"
+                "with zeros and give scale, or take eager attention by eager=True or GENKIT_KERNELS=off"
             )
     return True

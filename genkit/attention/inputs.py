@@ -33,9 +33,10 @@ def check(
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 4:
             raise ValueError(f"{name} has shape {tuple(x.shape)}; expected (batch, heads, tokens, channels)")
-    kind = q.device.type
-    if torch.is_autocast_enabled(kind):
-        lower = torch.get_autocast_dtype(kind)
+    for name, x in (("q", q), ("k", k), ("v", v), ("bias", bias)):
+        _floating(name, x)
+    if autocasts(q.device):
+        lower = torch.get_autocast_dtype(q.device.type)
         q, k, v = (x.to(lower) if x.dtype != torch.float64 else x for x in (q, k, v))
         bias = bias.to(lower) if bias is not None and bias.dtype != torch.float64 else bias
     for name, other in (("k", k), ("v", v), ("mask", mask), ("bias", bias)):
@@ -43,8 +44,6 @@ def check(
             raise ValueError(f"q is {q.dtype} and {name} is {other.dtype}; give both in one dtype")
         if other is not None and other.device != q.device:
             raise ValueError(f"q is on {q.device} and {name} on {other.device}; bring both to one device")
-    if not q.is_floating_point():
-        raise ValueError(f"q is {q.dtype}; expected a floating-point dtype")
     b, h, m, d = q.shape
     n = k.shape[2]
     if k.shape[0] != b or v.shape[0] != b:
@@ -89,11 +88,23 @@ def check_tangents(inputs: Inputs, tq: Tensor | None, tk: Tensor | None, tv: Ten
                 raise ValueError(f"{name} has shape {tuple(x.shape)} and its tangent {tuple(tx.shape)}; give one shape")
             if tx.device != x.device:
                 raise ValueError(f"{name} is on {x.device} and its tangent on {tx.device}; bring both to one device")
-            tx = tx.to(x.dtype) if torch.is_autocast_enabled(x.device.type) else tx
+            _floating(f"the tangent of {name}", tx)
+            tx = tx.to(x.dtype) if autocasts(x.device) else tx
             if tx.dtype != x.dtype:
                 raise ValueError(f"{name} is {x.dtype} and its tangent {tx.dtype}; give both in one dtype")
         moved.append(tx)
     return tuple(moved)
+
+
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast is on there; on some devices, such as ``meta``, there is none."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
+def _floating(name: str, x: Tensor | None) -> None:
+    if x is not None and not x.is_floating_point():
+        more = "; a boolean one is a mask" if name == "bias" and x.dtype == torch.bool else ""
+        raise ValueError(f"{name} is {x.dtype}; expected a floating-point dtype{more}")
 
 
 def _broadcast(name: str, x: Tensor, full: tuple[int, ...]) -> Tensor:

@@ -1,16 +1,18 @@
 """Attention in plain PyTorch, in float32 at least: any device, every derivative of any order, quadratic memory."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from genkit.attention.inputs import Inputs
+from genkit.attention.inputs import Inputs, autocasts
 
 
 def attention(inputs: Inputs) -> Tensor:
     """``softmax(scale q k^T + bias) v``; 0 in rows of which nothing is attended to."""
     dtype = inputs.q.dtype
-    with torch.autocast(inputs.q.device.type, enabled=False):
+    with _as_given(inputs.q):
         v = _wide(inputs.v)
         return _values(_probabilities(inputs), v).to(dtype)
 
@@ -20,7 +22,7 @@ def attention_with_tangent(
 ) -> tuple[Tensor, Tensor]:
     """``(p v, (p * (t - mu)) v + p tv)`` with ``t = scale (tq k^T + q tk^T) + tbias`` and ``mu = sum p * t``."""
     dtype, scale = inputs.q.dtype, inputs.options.scale
-    with torch.autocast(inputs.q.device.type, enabled=False):
+    with _as_given(inputs.q):
         k, v = _wide(inputs.k), _wide(inputs.v)
         p = _probabilities(inputs)
         t = None if tq is None else _scores(_wide(tq) * scale, k)
@@ -35,6 +37,10 @@ def attention_with_tangent(
         o = _values(p, v)
         tangent = torch.zeros_like(o) if tangent is None else tangent
         return o.to(dtype), tangent.to(dtype)
+
+
+def _as_given(x: Tensor) -> AbstractContextManager:
+    return torch.autocast(x.device.type, enabled=False) if autocasts(x.device) else nullcontext()
 
 
 def _sum(a: Tensor | None, b: Tensor) -> Tensor:

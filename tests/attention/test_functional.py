@@ -124,6 +124,36 @@ def test_autocast_lowers_what_it_is_given():
         close(a, b, 0)
 
 
+def test_autocast_does_not_hide_what_is_no_floating_point():
+    q, k, v = (x.float() for x in draw())
+    with torch.autocast("cpu", torch.bfloat16):
+        for name, args in (("q", (q.int(), k, v)), ("k", (q, k.int(), v)), ("v", (q, k, v.int()))):
+            with pytest.raises(ValueError, match=f"{name} is torch.int32; expected a floating-point dtype"):
+                attention(*args)
+        with pytest.raises(ValueError, match="bias is torch.bool; expected a floating-point dtype; a boolean one is a"):
+            attention(q, k, v, bias=torch.ones(5, 5) > 0)
+        with pytest.raises(ValueError, match="the tangent of k is torch.int32; expected a floating-point dtype"):
+            attention_with_tangent(q, k, v, tk=k.int())
+
+
+def test_shapes_without_memory():
+    q, k, v = (x.float().to("meta") for x in draw(dv=4))
+    bias = torch.empty(5, 5, device="meta")
+    for o in (attention(q, k, v, bias > 0, bias), *attention_with_tangent(q, k, v, q, k, v, bias=bias, tbias=bias)):
+        assert o.is_meta and o.shape == (2, 2, 5, 4)
+    with kernels.choose("on"), pytest.raises(RuntimeError, match="triton"):
+        attention(q, k, v)
+
+
+def test_eager_attention_by_argument():
+    x = [torch.randn(1, 1, 4, 12) for _ in range(6)]
+    expected = attention_with_tangent(*x)
+    with kernels.choose("on"):
+        close(attention(*x[:3], eager=True), expected[0], 0)
+        for a, b in zip(attention_with_tangent(*x, eager=True), expected, strict=True):
+            close(a, b, 0)
+
+
 def test_what_overrides_functions_of_pytorch_overrides_it():
     seen = []
 

@@ -213,9 +213,9 @@ def _group_norm(x, groups, weight=None, bias=None, eps=1e-5) -> Dual:
     return y if bias is None else y + bias.view(channels)
 
 
-def _attention(q, k, v, mask=None, bias=None, is_causal=False, scale=None) -> Dual:
+def _attention(q, k, v, mask=None, bias=None, is_causal=False, scale=None, eager=False) -> Dual:
     (q, tq), (k, tk), (v, tv), (bias, tbias) = map(_parts, (q, k, v, bias))
-    return Dual(*attention_with_tangent(q, k, v, tq, tk, tv, mask, bias, tbias, is_causal, scale))
+    return Dual(*attention_with_tangent(q, k, v, tq, tk, tv, mask, bias, tbias, is_causal, scale, eager))
 
 
 def _einsum(equation, *operands) -> Dual:
