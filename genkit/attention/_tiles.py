@@ -16,8 +16,7 @@ from genkit.kernels import interpreted
 
 # In Triton's interpreter numbers in bfloat16 are float32 rounded by hand: its own casts truncate, its dots are garbage.
 INTERPRETED: tl.constexpr = tl.constexpr(interpreted())
-PACKED: tl.constexpr = tl.constexpr(not interpreted() and torch.version.hip is None)  # whether PTX is compiled
-PRECISION: tl.constexpr = tl.constexpr("ieee" if torch.version.hip else "tf32x3")  # of float32: three dots, 21 bits
+PRECISION: tl.constexpr = tl.constexpr("tf32x3")  # of float32: three dots, 21 bits
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
@@ -49,14 +48,15 @@ def split(channels: int) -> tuple[int, int]:
 
 def unit_stride(*tensors: Tensor | None) -> list[Tensor | None]:
     """Each tensor, as memory has it: copied where neighbouring channels are not neighbours, or zeros have no memory."""
-    return [x if x is None else _in_memory(x) for x in tensors]
+    there = [in_memory(x) for x in tensors]
+    return [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in there]
 
 
-def _in_memory(x: Tensor) -> Tensor:
-    if x._is_zerotensor():  # what forward mode makes of tangents that are known to be 0
+def in_memory(x: Tensor | None) -> Tensor | None:
+    """What kernels can read: forward mode makes tangents known to be 0 without memory, and negates without a pass."""
+    if x is not None and x._is_zerotensor():
         return torch.zeros(x.shape, dtype=x.dtype, device=x.device)
-    x = x.resolve_neg()
-    return x if x.stride(-1) == 1 else x.contiguous()
+    return x if x is None else x.resolve_neg()
 
 
 def unit(*tensors: Tensor | None) -> int:
@@ -176,7 +176,9 @@ def rounded(x, TYPE: tl.constexpr):
 @triton.jit
 def rounded_sum(x, TYPE: tl.constexpr):
     """:func:`rounded` and the sums of its rows in float32."""
-    if PACKED and TYPE == tl.bfloat16:  # the compiler rounds one number at a time where the result is used twice
+    if (
+        not INTERPRETED and TYPE == tl.bfloat16
+    ):  # the compiler rounds one number at a time where the result is used twice
         short, long = tl.inline_asm_elementwise(
             "cvt.rn.bf16x2.f32 $0, $4, $3; shl.b32 $1, $0, 16; and.b32 $2, $0, 0xffff0000;",
             "=&r,=&r,=r,r,r",

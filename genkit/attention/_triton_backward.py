@@ -31,44 +31,46 @@ class Tiles(NamedTuple):
 
 def backward(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, o: Tensor, lse: Tensor, g: Tensor,
-    options: Options, needs_bias: bool, tiles: Tiles | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """``(dq, dk, dv, dbias)`` for the gradient ``g`` of ``o``; ``dbias`` in the bias' own shape."""
+    options: Options, needs: tuple[bool, ...], tiles: Tiles | None = None,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """``(dq, dk, dv, dbias)`` for the gradient ``g`` of ``o``; ``dbias`` in the bias' own shape; as many ``needs``."""
     no = (None,) * 4
-    return _gradients(q, k, v, bias, mask, *no, o, None, lse, None, g, None, options, (needs_bias, False), tiles)[:4]
+    needs = (*needs, *(False,) * 4)
+    return _gradients(q, k, v, bias, mask, *no, o, None, lse, None, g, None, options, needs, tiles)[:4]
 
 
 def backward_with_tangent(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None,
     tq: Tensor | None, tk: Tensor | None, tv: Tensor | None, tbias: Tensor | None,
     o: Tensor, to: Tensor, lse: Tensor, mu: Tensor, g: Tensor | None, h: Tensor,
-    options: Options, needs_bias: tuple[bool, bool], tiles: Tiles | None = None,
+    options: Options, needs: tuple[bool, ...], tiles: Tiles | None = None,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """``(dq, dk, dv, dbias, dtq, dtk, dtv, dtbias)`` for the gradients ``g`` of ``o`` and ``h`` of ``to``.
+
+    Those that ``needs``, in this order, does not ask for are ``None`` and cost nothing.
 
     ``o`` and ``to`` may be in float32: in bfloat16 they cost an error of 5e-2 and more in ``dq`` where values share an
     offset, because gradients of scores are differences to ``h . o`` and ``h . to``.
     """
-    return _gradients(q, k, v, bias, mask, tq, tk, tv, tbias, o, to, lse, mu, g, h, options, needs_bias, tiles)
+    return _gradients(q, k, v, bias, mask, tq, tk, tv, tbias, o, to, lse, mu, g, h, options, needs, tiles)
 
 
 def launches(
-    q, k, v, bias, mask, tq, tk, tv, tbias, o, to, lse, mu, g, h, options: Options, needs_bias: tuple[bool, bool],
+    q, k, v, bias, mask, tq, tk, tv, tbias, o, to, lse, mu, g, h, options: Options, needs: tuple[bool, ...],
     tiles: Tiles | None = None,
 ) -> tuple[list[Launch], tuple]:  # fmt: skip
-    """What computes the gradients, in order, and the eight of them, ``None`` where there is none."""
+    """What computes the gradients, in order, and the eight of them, ``None`` where none is needed."""
     b, heads, m, d = q.shape
     shared, n, values = v.shape[1:]
     q, k, v, tq, tk, tv, o, to, g, h = _tiles.unit_stride(q, k, v, tq, tk, tv, o, to, g, h)
+    bias, tbias = _tiles.in_memory(bias), _tiles.in_memory(tbias)
     moves = tq is not None or tk is not None or tbias is not None
     lse, mu = lse.contiguous(), mu.contiguous() if moves else None
     om = torch.empty_like(lse) if moves else None
     dl = torch.empty_like(lse)
-    dq, dtq = (None if x is None else _tiles.rows_like(q, d, q.dtype) for x in (q, tq))
-    dk, dtk = (None if x is None else _tiles.rows_like(k, d, q.dtype) for x in (k, tk))
-    dv, dtv = (None if x is None else _tiles.rows_like(v, values, q.dtype) for x in (v, tv))
-    wanted = zip((bias, tbias), needs_bias, strict=True)
-    dbias, dtbias = (x.new_empty(x.shape) if needed else None for x, needed in wanted)
+    x_and_needs = zip((q, k, v, tq, tk, tv), needs[:3] + needs[4:7], strict=True)
+    dq, dk, dv, dtq, dtk, dtv = (_tiles.rows_like(x, x.shape[3], x.dtype) if n else None for x, n in x_and_needs)
+    dbias, dtbias = (x.new_empty(x.shape) if n else None for x, n in ((bias, needs[3]), (tbias, needs[7])))
 
     rows, given = dict(o=o, to=to, g=g, h=h), dict(q=q, k=k, v=v, tq=tq, tk=tk, tv=tv, g=g, h=h)
     of = dict(dk=dk, dv=dv, dtk=dtk, dtv=dtv, dq=dq, dtq=dtq)
@@ -97,10 +99,11 @@ def launches(
         if any(outputs.values()):
             plan.append(launch(of_keys, _over(n, tiles.keys.keys) * b * shared, tiles.keys, HEADS=shared, **outputs))
     outputs = {name: _tiles.view(of[name], unit) for name in ("dq", "dtq")}
-    programs = _over(m, tiles.queries.rows) * b * heads
-    plan.append(launch(of_queries, programs, tiles.queries, HEADS=heads, **outputs))
-    if any(needs_bias):
-        outputs = {name: _tiles.grid_view(x) for name, x in dict(dbias=dbias, dtbias=dtbias).items()}
+    if any(outputs.values()):
+        programs = _over(m, tiles.queries.rows) * b * heads
+        plan.append(launch(of_queries, programs, tiles.queries, HEADS=heads, **outputs))
+    outputs = {name: _tiles.grid_view(x) for name, x in dict(dbias=dbias, dtbias=dtbias).items()}
+    if any(outputs.values()):
         programs, axes = _axes(bias, b, heads, m, n, tiles.bias)
         plan.append(launch(of_bias, programs, tiles.bias, **axes, **outputs))
     return plan, (dq, dk, dv, dbias, dtq, dtk, dtv, dtbias)
@@ -195,16 +198,19 @@ def _run(plan: list[Launch]) -> None:
             kernel[(programs,)](**arguments, **options)
 
 
-def _fastest(q, k, v, bias, mask, tq, tk, tv, tbias, o, to, lse, mu, g, h, options, needs_bias) -> Tiles:
+def _fastest(q, k, v, bias, mask, tq, tk, tv, tbias, o, to, lse, mu, g, h, options, needs) -> Tiles:
     """Tiles of keys and of queries that are measured, one after the other."""
-    inputs = (q, k, v, bias, mask, tq, tk, tv, tbias, o, to, lse, mu, g, h, options, needs_bias)
+    inputs = (q, k, v, bias, mask, tq, tk, tv, tbias, o, to, lse, mu, g, h, options, needs)
     present = tuple(x is not None for x in (tq, tk, tv, tbias, g, h))
     grids = tuple(None if x is None else x.shape[2] > 1 for x in (mask, bias))
     lengths = tuple(x.shape[2].bit_length() for x in (q, k))
-    key = (q.device, q.dtype, q.shape[3], v.shape[3], options.is_causal, grids, present, lengths)
+    key = (q.device, q.dtype, q.shape[3], v.shape[3], options.is_causal, grids, present, needs, lengths)
     width = max(sum(_tiles.split(x.shape[3])) for x in (q, v))
     tiles = choose(q.dtype, width, h is not None, bias is not None, _tiles.capacity(q.device))
+    there = {launch.kernel for launch in launches(*inputs, tiles)[0]}
     for name, kernel in (("keys", of_keys), ("queries", of_queries)):
+        if kernel not in there:
+            continue
         plans: dict[Tile, list[Launch]] = {}
 
         def run(tile: Tile, tiles=tiles, name=name, kernel=kernel, plans=plans) -> None:

@@ -100,6 +100,7 @@ def launches(
         q, tq = (x if x is None else x * (-1 if scale else 0) for x in (q, tq))
         scale = -scale or 1.0
     q, k, v, tq, tk, tv = _tiles.unit_stride(q, k, v, tq, tk, tv)
+    bias, tbias = _tiles.in_memory(bias), _tiles.in_memory(tbias)
     wide = q.dtype == torch.float32
     o = None if given else _tiles.rows_like(q, dv, q.dtype)
     to = _tiles.rows_like(q, dv, q.dtype) if with_tangent else None

@@ -1,4 +1,9 @@
-"""Tiles that are measured instead of looked up, where ``GENKIT_TUNE=1``: the first call of each kind is slow then."""
+"""Tiles that are measured instead of looked up, where ``GENKIT_TUNE=1``.
+
+Tiles of the forward kernels, of values and of tangents, and of the two of gradients, of keys and of queries; gradients
+of a bias keep the table's. The first call, and the first backward, of each kind is slow then: of each device, dtype,
+number of channels and length (up to a power of two), of what is given and what is needed.
+"""
 
 import logging
 import os

@@ -4,6 +4,8 @@
 backward, so that ``torch.func.jvp``, dual levels, ``backward`` and the gradient of a jvp compose. Only what enters or
 leaves a function can be saved for its backward, hence the outputs that nobody sees. Saved outputs are constants to
 PyTorch, so a second derivative would be wrong without an error: every backward is a :class:`_Once`, which raises.
+
+Kernels are told which gradients are needed, in the order ``q, k, v, bias, tq, tk, tv, tbias``.
 """
 
 from collections.abc import Callable
@@ -45,7 +47,18 @@ def _triton() -> ModuleType:
     return triton_kernels
 
 
-class Attention(Function):
+class _Unbatched(Function):
+    """``torch.vmap`` over kernels is refused, and with it ``jacfwd``, ``jacrev`` and ``hessian``."""
+
+    @staticmethod
+    def vmap(*_) -> Any:
+        raise RuntimeError(
+            "fused attention has no torch.vmap, nor jacfwd or jacrev, which use it; give what is batched in the axis "
+            "of batches, or take eager attention by eager=True or GENKIT_KERNELS=off"
+        )
+
+
+class Attention(_Unbatched):
     """``(q, k, v, bias, mask) -> (o, lse)``; ``lse`` is of scores, in natural logarithms, without derivative."""
 
     @staticmethod
@@ -65,9 +78,8 @@ class Attention(Function):
     def backward(ctx: Any, g: Tensor | None, _) -> Any:
         if g is None:
             return (None,) * 8
-        q, k, v, bias, mask, o, lse = ctx.saved_tensors
-        needs_bias = ctx.needs_input_grad[3]
-        grads = _Once.apply(ctx.kernels.backward, q, k, v, bias, mask, o, lse, g, ctx.options, needs_bias)
+        needs = ctx.needs_input_grad[:4]
+        grads = _Once.apply(ctx.kernels.backward, *ctx.saved_tensors, g, ctx.options, needs)
         return *grads, None, None, None, None
 
     @staticmethod
@@ -78,7 +90,7 @@ class Attention(Function):
             return Tangent.apply(*arguments)[0], None
 
 
-class Tangent(Function):
+class Tangent(_Unbatched):
     """``(q, k, v, bias, mask, lse, tq, tk, tv, tbias) -> (to, mu, o, to)``, the last two in float32."""
 
     @staticmethod
@@ -91,27 +103,22 @@ class Tangent(Function):
         to, mu, o, exact = output
         ctx.mark_non_differentiable(*(x for x in (mu, o, exact) if x is not None))
         ctx.set_materialize_grads(False)
-        saved = (q, k, v, bias, mask, lse, tq, tk, tv, tbias, mu, o, to if exact is None else exact)
-        ctx.save_for_backward(*saved)
+        ctx.save_for_backward(q, k, v, bias, mask, tq, tk, tv, tbias, o, to if exact is None else exact, lse, mu)
 
     @staticmethod
     def backward(ctx: Any, h: Tensor | None, *_) -> Any:
         if h is None:
             return (None,) * 13
-        q, k, v, bias, mask, lse, tq, tk, tv, tbias, mu, o, to = ctx.saved_tensors
-        needs_bias = (ctx.needs_input_grad[3], ctx.needs_input_grad[9])
-        dq, dk, dv, dbias, dtq, dtk, dtv, dtbias = _Once.apply(
-            ctx.kernels.backward_with_tangent,
-            *(q, k, v, bias, mask, tq, tk, tv, tbias, o, to, lse, mu, None, h, ctx.options, needs_bias),
-        )
-        return dq, dk, dv, dbias, None, None, dtq, dtk, dtv, dtbias, None, None, None
+        needs = ctx.needs_input_grad[:4] + ctx.needs_input_grad[6:10]
+        grads = _Once.apply(ctx.kernels.backward_with_tangent, *ctx.saved_tensors, None, h, ctx.options, needs)
+        return *grads[:4], None, None, *grads[4:], None, None, None
 
     @staticmethod
     def jvp(ctx: Any, *_) -> Any:
         raise RuntimeError(_SECOND)
 
 
-class Pair(Function):
+class Pair(_Unbatched):
     """``(q, k, v, bias, mask, tq, tk, tv, tbias) -> (o, to, lse, mu, o, to)``: the last in float32."""
 
     @staticmethod
@@ -129,33 +136,40 @@ class Pair(Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, h: Tensor | None, *_) -> Any:
-        q, k, v, bias, mask, tq, tk, tv, tbias, o, to, lse, mu = ctx.saved_tensors
-        dtq = dtk = dtv = dtbias = None
-        if h is None and g is None:
-            return (None,) * 12
-        if h is None:  # the tangent was not used: an ordinary backward
-            arguments = (q, k, v, bias, mask, o, lse, g, ctx.options, ctx.needs_input_grad[3])
-            dq, dk, dv, dbias = _Once.apply(ctx.kernels.backward, *arguments)
-        else:
-            needs_bias = (ctx.needs_input_grad[3], ctx.needs_input_grad[8])
-            dq, dk, dv, dbias, dtq, dtk, dtv, dtbias = _Once.apply(
-                ctx.kernels.backward_with_tangent,
-                *(q, k, v, bias, mask, tq, tk, tv, tbias, o, to, lse, mu, g, h, ctx.options, needs_bias),
-            )
-        return dq, dk, dv, dbias, None, dtq, dtk, dtv, dtbias, None, None, None
+        return pair_gradients(ctx, g, h, lambda name, *rest: _Once.apply(getattr(ctx.kernels, name), *rest))
 
     @staticmethod
     def jvp(ctx: Any, *_) -> Any:
-        raise RuntimeError(_SECOND)
+        raise RuntimeError(
+            "fused attention_with_tangent has no forward mode, for its tangent is a derivative already; within "
+            "torch.func.jvp or a dual level call genkit.attention.attention, or take eager attention by eager=True or "
+            "GENKIT_KERNELS=off"
+        )
+
+
+def pair_gradients(ctx: Any, g: Tensor | None, h: Tensor | None, run: Callable[..., tuple]) -> tuple:
+    """Gradients of twelve inputs, of which the first nine are those of :class:`Pair`, by the pass that is needed.
+
+    ``ctx`` has what :class:`Pair` keeps; ``run(name, *arguments)`` is the kernels' function of this name.
+    """
+    q, k, v, bias, mask, *tangents, o, to, lse, mu = ctx.saved_tensors
+    needs = ctx.needs_input_grad[:4] + ctx.needs_input_grad[5:9]
+    grads = (None,) * 8
+    if h is not None:
+        arguments = (q, k, v, bias, mask, *tangents, o, to, lse, mu, g, h, ctx.options, needs)
+        grads = run("backward_with_tangent", *arguments)
+    elif g is not None and any(needs[:4]):  # the tangent was not used: an ordinary backward
+        grads = (*run("backward", q, k, v, bias, mask, o, lse, g, ctx.options, needs[:4]), *grads[4:])
+    return *grads[:4], None, *grads[4:], None, None, None
 
 
 _SECOND = (
-    "fused attention has no second derivatives; within genkit.kernels.choose('off'), or with GENKIT_KERNELS=off, eager "
-    "attention has them"
+    "fused attention has no second derivatives, eager attention has them: give eager=True, set GENKIT_KERNELS=off, or "
+    "keep both the forward and every backward of it within genkit.kernels.choose('off')"
 )
 
 
-class _Once(Function):
+class _Once(_Unbatched):
     """A backward pass, which cannot be differentiated again."""
 
     @staticmethod

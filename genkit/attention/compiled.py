@@ -61,10 +61,6 @@ def _empty_rows(like: Tensor, channels: int, dtype: torch.dtype | None = None) -
     return like.new_empty(b, m, h, channels, dtype=dtype).transpose(1, 2)
 
 
-def _or_none(x: Tensor, there: bool) -> Tensor | None:
-    return x if there else None
-
-
 @custom_op("genkit::attention", mutates_args=())
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float, is_causal: bool
@@ -91,28 +87,40 @@ def _backward(
     g: Tensor,
     scale: float,
     is_causal: bool,
-    needs_bias: bool,
+    needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    arguments = (q, k, v, bias, mask, o, lse, g, Options(scale, is_causal), needs_bias)
+    arguments = (q, k, v, bias, mask, o, lse, g, Options(scale, is_causal), tuple(needs))
     dq, dk, dv, dbias = autograd._triton().backward(*arguments)
     return _row(dq, q), _row(dk, q), _row(dv, q), _flat(dbias, q)
 
 
 @_backward.register_fake
-def _(q, k, v, bias, mask, o, lse, g, scale, is_causal, needs_bias):
-    dbias = q.new_empty(bias.shape) if needs_bias else q.new_empty(0)
-    return *(_empty_rows(x, x.shape[-1]) for x in (q, k, v)), dbias
+def _(q, k, v, bias, mask, o, lse, g, scale, is_causal, needs):
+    return *_empty_gradients((q, k, v), needs, q), q.new_empty(bias.shape if needs[3] else 0)
+
+
+def _empty_gradients(tensors, needs, like: Tensor) -> list[Tensor]:
+    pairs = zip(tensors, needs, strict=False)
+    return [_empty_rows(x, x.shape[-1]) if needed else like.new_empty(0) for x, needed in pairs]
+
+
+def _run(name: str, *arguments) -> tuple[Tensor | None, ...]:
+    """What the kernels' function of this name returns, by its operator: gradients that are not needed are ``None``."""
+    *tensors, options, needs = arguments
+    operator = {"backward": _backward, "backward_with_tangent": _pair_backward}[name]
+    made = operator(*tensors, options.scale, options.is_causal, list(needs))
+    return tuple(x if needed else None for x, needed in zip(made, needs, strict=True))
 
 
 def _save_forward(ctx, inputs, output) -> None:
-    q, k, v, bias, mask, ctx.scale, ctx.is_causal = inputs
+    q, k, v, bias, mask, *options = inputs
+    ctx.options = Options(*options)
     ctx.save_for_backward(q, k, v, bias, mask, *output)
 
 
 def _forward_gradient(ctx, g, _):
-    needs_bias = ctx.needs_input_grad[3]
-    dq, dk, dv, dbias = _backward(*ctx.saved_tensors, g, ctx.scale, ctx.is_causal, needs_bias)
-    return dq, dk, dv, _or_none(dbias, needs_bias), None, None, None
+    grads = _run("backward", *ctx.saved_tensors, g, ctx.options, ctx.needs_input_grad[:4])
+    return *grads, None, None, None
 
 
 _forward.register_autograd(_forward_gradient, setup_context=_save_forward)
@@ -167,26 +175,26 @@ def _pair_backward(
     h: Tensor,
     scale: float,
     is_causal: bool,
-    needs_bias: bool,
-    needs_tbias: bool,
+    needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    options, needs = Options(scale, is_causal), (needs_bias, needs_tbias)
-    arguments = (q, k, v, bias, mask, tq, tk, tv, tbias, o, to, lse, mu, g, h, options, needs)
+    options = Options(scale, is_causal)
+    arguments = (q, k, v, bias, mask, tq, tk, tv, tbias, o, to, lse, mu, g, h, options, tuple(needs))
     dq, dk, dv, dbias, dtq, dtk, dtv, dtbias = autograd._triton().backward_with_tangent(*arguments)
     rows = [_row(x, q) for x in (dq, dk, dv, dtq, dtk, dtv)]
     return *rows[:3], _flat(dbias, q), *rows[3:], _flat(dtbias, q)  # type: ignore[return-value]
 
 
 @_pair_backward.register_fake
-def _(q, k, v, bias, mask, tq, tk, tv, tbias, o, to, lse, mu, g, h, scale, is_causal, needs_bias, needs_tbias):
-    rows = [q.new_empty(0) if x is None else _empty_rows(x, x.shape[-1]) for x in (q, k, v, tq, tk, tv)]
-    dbias, dtbias = (q.new_empty(bias.shape if needed else 0) for needed in (needs_bias, needs_tbias))
-    return *rows[:3], dbias, *rows[3:], dtbias
+def _(q, k, v, bias, mask, tq, tk, tv, tbias, o, to, lse, mu, g, h, scale, is_causal, needs):
+    rows = [_empty_gradients(tensors, some, q) for tensors, some in (((q, k, v), needs), ((tq, tk, tv), needs[4:]))]
+    dbias, dtbias = (q.new_empty(bias.shape if needed else 0) for needed in (needs[3], needs[7]))
+    return *rows[0], dbias, *rows[1], dtbias
 
 
 def _save_pair(ctx, inputs, output) -> None:
-    *tensors, ctx.scale, ctx.is_causal, _ = inputs
+    *tensors, scale, is_causal, _ = inputs
     o, to, lse, mu, exact, exact_tangent = output
+    ctx.options = Options(scale, is_causal)
     ctx.set_materialize_grads(False)
     if exact.numel():
         o, to = exact, exact_tangent
@@ -194,19 +202,7 @@ def _save_pair(ctx, inputs, output) -> None:
 
 
 def _pair_gradient(ctx, g, h, *_):
-    q, k, v, bias, mask, tq, tk, tv, tbias, o, to, lse, mu = ctx.saved_tensors
-    needs_bias, needs_tbias = ctx.needs_input_grad[3], ctx.needs_input_grad[8]
-    if h is None:  # the tangent was not used: an ordinary backward
-        if g is None:
-            return (None,) * 12
-        dq, dk, dv, dbias = _backward(q, k, v, bias, mask, o, lse, g, ctx.scale, ctx.is_causal, needs_bias)
-        return dq, dk, dv, _or_none(dbias, needs_bias), *(None,) * 8
-    dq, dk, dv, dbias, dtq, dtk, dtv, dtbias = _pair_backward(
-        *ctx.saved_tensors, g, h, ctx.scale, ctx.is_causal, needs_bias, needs_tbias
-    )
-    moved = [_or_none(dx, x is not None) for dx, x in ((dtq, tq), (dtk, tk), (dtv, tv))]
-    bias_gradients = _or_none(dbias, needs_bias), _or_none(dtbias, needs_tbias)
-    return dq, dk, dv, bias_gradients[0], None, *moved, bias_gradients[1], None, None, None
+    return autograd.pair_gradients(ctx, g, h, _run)
 
 
 _pair.register_autograd(_pair_gradient, setup_context=_save_pair)

@@ -67,14 +67,19 @@ def forward_with_tangent(q, k, v, bias, mask, tq, tk, tv, tbias, options, precis
     return o, to, lse, mu, None, None
 
 
-def backward(q, k, v, bias, mask, o, lse, g, options, needs_bias):
+def backward(q, k, v, bias, mask, o, lse, g, options, needs):
     p, _ = _p(q, k, bias, mask, options, lse)
     ds = p * (g @ _heads(v, q).mT - (g * o).sum(-1, keepdim=True))
     dq, dk = options.scale * ds @ _heads(k, q), options.scale * ds.mT @ q
-    return dq, _gathered(dk, k), _gathered(p.mT @ g, v), _reduced(ds, bias) if needs_bias else None
+    dk, dv = _gathered(dk, k), _gathered(p.mT @ g, v)
+    return _needed(needs, dq, dk, dv, _reduced(ds, bias) if needs[3] else None)
 
 
-def backward_with_tangent(q, k, v, bias, mask, tq, tk, tv, tbias, o, to, lse, mu, g, h, options, needs_bias):
+def _needed(needs, *grads):
+    return tuple(x if needed else None for x, needed in zip(grads, needs, strict=True))
+
+
+def backward_with_tangent(q, k, v, bias, mask, tq, tk, tv, tbias, o, to, lse, mu, g, h, options, needs):
     p, _ = _p(q, k, bias, mask, options, lse)
     t, mu = _t(q, k, tq, tk, tbias, options), mu[..., None]
     heads = {name: None if x is None else _heads(x, q) for name, x in dict(k=k, v=v, tk=tk, tv=tv).items()}
@@ -95,13 +100,14 @@ def backward_with_tangent(q, k, v, bias, mask, tq, tk, tv, tbias, o, to, lse, mu
     dv = (p * (t - mu)).mT @ h
     if g is not None:
         dv = dv + p.mT @ g
-    return (
+    return _needed(
+        needs,
         dq,
         _gathered(dk, k),
         _gathered(dv, v),
-        _reduced(ds, bias) if needs_bias[0] else None,
+        _reduced(ds, bias) if needs[3] else None,
         None if tq is None else scale * dt @ heads["k"],
         None if tk is None else _gathered(scale * dt.mT @ q, k),
         None if tv is None else _gathered(p.mT @ h, v),
-        _reduced(dt, tbias) if needs_bias[1] else None,
+        _reduced(dt, tbias) if needs[7] else None,
     )

@@ -3,6 +3,7 @@
 Fused attention is that around the kernels' formulas in plain PyTorch (``closed_form``), which need no GPU.
 """
 
+import threading
 import warnings
 import weakref
 
@@ -19,7 +20,8 @@ from tests.attention import closed_form
 
 SHAPE = (2, 3, 5, 16)
 REMEDY = "fused attention has no forward mode within torch.compile; compile without fullgraph=True"
-SECOND = r"no second derivatives; within genkit.kernels.choose\('off'\)"
+SECOND = r"no second derivatives.* set GENKIT_KERNELS=off, or keep both the forward and every backward of it within"
+BATCHED = "fused attention has no torch.vmap.* take eager attention by eager=True or GENKIT_KERNELS=off"
 
 
 @pytest.fixture(params=["eager", "fused"])
@@ -96,8 +98,20 @@ def test_of_one_input_only(way):
 def test_vmap_is_right_or_refused(way):
     q, k, v = (torch.randn(4, *SHAPE) for _ in range(3))
     if way == "fused":
-        with pytest.raises(RuntimeError, match="vmap"):
-            torch.vmap(attention)(q, k, v)
+        for function in (
+            attention,
+            lambda *x: attention_with_tangent(*x, *x)[1],
+            lambda *x: attention(*x, eager=False),
+        ):
+            with pytest.raises(RuntimeError, match=BATCHED):
+                torch.vmap(function)(q, k, v)
+        for jacobian in (torch.func.jacfwd, torch.func.jacrev):
+            with pytest.raises(RuntimeError, match=BATCHED):
+                jacobian(attention)(q[0], k[0], v[0])
+        close(
+            [torch.vmap(lambda *x: attention(*x, eager=True))(q[:2], k[:2], v[:2])],
+            [attention(*(x[:2].flatten(0, 1) for x in (q, k, v))).unflatten(0, (2, -1))],
+        )
     else:
         close([torch.vmap(attention)(q, k, v)], [torch.stack([attention(*x) for x in zip(q, k, v, strict=True)])])
 
@@ -131,7 +145,9 @@ def test_the_pair_refuses_forward_mode_where_it_is_fused(way):
         return attention_with_tangent(q, *x[1:])[1]
 
     if way == "fused":
-        with pytest.raises(RuntimeError, match=SECOND):
+        with pytest.raises(
+            RuntimeError, match="fused attention_with_tangent has no forward mode.* call genkit.attention"
+        ):
             torch.func.jvp(along, (x[0],), (x[3],))
     else:
         h, (q, dq) = 1e-3, (x[0], x[3])
@@ -212,6 +228,28 @@ def test_the_compiled_pair(way, compiler, given, used):
     close(*results)
 
 
+@pytest.mark.parametrize("needed", [(0,), (1, 2), (3,), (4, 5)])
+def test_the_compiled_pair_computes_what_is_needed(fused, compiler, needed, monkeypatch):
+    asked = []
+
+    class Asked:
+        forward_with_tangent, backward = closed_form.forward_with_tangent, closed_form.backward
+
+        @staticmethod
+        def backward_with_tangent(*arguments):
+            asked.append(arguments[-1])
+            return closed_form.backward_with_tangent(*arguments)
+
+    monkeypatch.setattr(autograd, "_triton", lambda: Asked)
+    x = [y.requires_grad_(i in needed) for i, y in enumerate(draw())]
+    results = []
+    for function in (compiler(attention_with_tangent), attention_with_tangent):
+        results.append(loss_gradients(function(*x), [x[i] for i in needed]))
+    close(*results)
+    needs = [i in needed for i in range(6)]
+    assert asked == 2 * [(*needs[:3], False, *needs[3:], False)]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_operators_are_what_they_tell_the_compiler(fused, dtype, monkeypatch):
     """Shapes, strides, dtypes and aliases, with and without gradients."""
@@ -276,6 +314,21 @@ def test_checkpointing_within_forward_mode_is_right_or_refused(way, reentrant):
     else:
         close(gradients, loss_gradients(expected, x))
     close(jvp(*x), expected)  # nothing of it stays behind
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpoint_is_computed_again_as_it_was_chosen_in_another_thread(fused, monkeypatch, reentrant):
+    """As CUDA's backward is. Here kernels are demanded outside, and not there within."""
+    monkeypatch.setattr(autograd, "_triton", lambda: pytest.fail("a kernel was asked for"))
+    x, found = draw(3, grads=True), []
+    with kernels.choose("off"):
+        o = checkpoint(attention, *x, use_reentrant=reentrant)
+        thread = threading.Thread(target=lambda: found.append(o.square().sum().backward()))
+        thread.start()
+        thread.join()
+        expected = attention(*x)
+    assert found == [None]
+    close([y.grad for y in x], grad(expected.square().sum(), x))
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -55,10 +55,12 @@ class Problem:
         o, to, lse, mu = self.exact(dtype)
         if self.h is None:
             inputs = (self.q, self.k, self.v, self.bias, self.mask, o, lse, self.g, self.options)
-            return (*kernels.backward(*inputs, self.bias is not None, tiles), None, None, None, None)
-        needs = (self.bias is not None, self.tbias is not None)
+            return (*kernels.backward(*inputs, self.needs()[:4], tiles), None, None, None, None)
         inputs = (self.q, self.k, self.v, self.bias, self.mask, self.tq, self.tk, self.tv, self.tbias)
-        return kernels.backward_with_tangent(*inputs, o, to, lse, mu, self.g, self.h, self.options, needs, tiles)
+        return kernels.backward_with_tangent(*inputs, o, to, lse, mu, self.g, self.h, self.options, self.needs(), tiles)
+
+    def needs(self) -> tuple[bool, ...]:
+        return tuple(getattr(self, name) is not None for name in NAMES)
 
     def by_autograd(self) -> tuple[Tensor | None, ...]:
         """The same through eager attention in float64."""
@@ -160,7 +162,7 @@ def test_what_is_absent_is_not_loaded(tangents):
     there = [bool(tangents >> i & 1) for i in range(3)]
     given = problem(torch.float16, 1, 1, 1, 16, 16, 16, 16, tangents=there, g=False)
     inputs = (given.q, given.k, given.v, None, None, given.tq, given.tk, given.tv, None)
-    plan, _ = kernels.launches(*inputs, *given.exact(), None, given.h, given.options, (False, False), SMALL)
+    plan, _ = kernels.launches(*inputs, *given.exact(), None, given.h, given.options, given.needs(), SMALL)
     for launch in plan[1:]:
         assert [launch.arguments[name] is not None for name in ("tq", "tk", "tv")] == there
         assert (launch.arguments["mu"] is None) == (launch.arguments["om"] is None) == (tangents & 3 == 0)
@@ -219,15 +221,47 @@ def test_a_bias_that_needs_no_gradient_costs_no_kernel():
     bias = torch.zeros(1, 1, 1, 20, device=DEVICE)
     given = replace(given, bias=bias, tbias=bias)
     inputs = (given.q, given.k, given.v, bias, None, given.tq, given.tk, given.tv, bias, *given.exact())
-    for needs, found in (((False, False), 0), ((True, False), 1), ((False, True), 1)):
-        plan, gradients = kernels.launches(*inputs, given.g, given.h, given.options, needs, SMALL)
+    for needs, found in (((0, 0), 0), ((1, 0), 1), ((0, 1), 1)):
+        asked = (True, True, True, bool(needs[0]), True, True, True, bool(needs[1]))
+        plan, gradients = kernels.launches(*inputs, given.g, given.h, given.options, asked, SMALL)
         assert sum("ONE_ROW" in launch.arguments for launch in plan) == found
-        assert [gradients[i] is not None for i in (3, 7)] == list(needs)
+        assert tuple(x is not None for x in gradients) == asked
     full = torch.zeros(1, 1, 20, 20, device=DEVICE)
     plan, _ = kernels.launches(
-        *inputs[:3], full, None, *inputs[5:8], full, *inputs[9:], given.g, given.h, given.options, (True, True), SMALL
+        *inputs[:3], full, None, *inputs[5:8], full, *inputs[9:], given.g, given.h, given.options, (True,) * 8, SMALL
     )
     assert sum("ONE_ROW" in launch.arguments for launch in plan) == 1
+
+
+@pytest.mark.parametrize(
+    ("needed", "to"),
+    [(name, True) for name in ("q", "v", "bias", "tk", "tbias", "q tq", "v tk")] + [("q", False), ("k v", False)],
+)
+def test_kernels_of_what_is_not_needed_are_not_launched(needed, to, monkeypatch):
+    """And what is needed is the same, to the last bit."""
+    bias = torch.randn(1, 1, 1, 20, device=DEVICE)
+    given = replace(
+        problem(torch.float32, 1, 1, 1, 20, 20, 16, 16, to=to), bias=bias, tbias=bias.clone() if to else None
+    )
+    needs = tuple(name in needed.split() for name in NAMES)
+    o, tangent, lse, mu = given.exact()
+    inputs = (given.q, given.k, given.v, bias, None)
+    if to:
+        inputs = (*inputs, given.tq, given.tk, given.tv, given.tbias, o, tangent, lse, mu, given.g, given.h)
+        run = kernels.backward_with_tangent
+    else:
+        inputs = (*inputs, o, lse, given.g)
+        run, needs = kernels.backward, needs[:4]
+    launched = []
+    real = kernels._run
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels, "_run", lambda plan: launched.extend(launch.kernel for launch in plan) or real(plan))
+        made = run(*inputs, given.options, needs, SMALL)
+    kernel = {"q": kernels.of_queries, "tq": kernels.of_queries, "bias": kernels.of_bias, "tbias": kernels.of_bias}
+    assert set(launched[1:]) == {kernel.get(name, kernels.of_keys) for name in needed.split()}
+    everything = given.by_kernels()
+    for x, whole, asked in zip(made, everything, needs, strict=False):
+        assert (x is not None) == asked and (x is None or torch.equal(x, whole))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -23,7 +23,7 @@ def launch(arch, dtype, d, which, tangent=True, capacity=None, is_causal=False, 
     seen = torch.empty(2, 1, 1, n, dtype=torch.bool, device="meta") if mask else None
     up = (o, o if tangent else None, row, row if tangent else None, x, x if tangent else None)
     tiles = kernels.choose(kept["dtype"], sum(split(d)), tangent, bias is not None, capacity or SHARED[arch])
-    needs = (bias is not None, bias is not None and tangent)
+    needs = (True, True, True, bias is not None, *(tangent,) * 3, bias is not None and tangent)
     plan, _ = kernels.launches(x, x, x, biased, seen, *moves, *up, Options(d**-0.5, is_causal), needs, tiles)
     launched = plan[1 + which]
     return launched.kernel, launched.arguments, launched.options

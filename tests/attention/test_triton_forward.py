@@ -7,8 +7,10 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from genkit.attention import _triton_forward as kernels
+from genkit.attention import attention_with_tangent
 from genkit.attention._tiles import Tile, split, unit
 from genkit.attention.inputs import check
+from genkit.kernels import choose
 from tests.attention import closed_form
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -273,6 +275,22 @@ def test_tensors_have_any_strides(passes):
     close(passes(odd), want, torch.float32)
     tensors[5] = tensors[5][:1, :1, :1, :1].expand(tensors[5].shape)
     close(passes(tensors), exact(tensors), torch.float32)
+
+
+def test_tangents_without_memory_are_zero():
+    """As forward mode gives where it knows them: of the bias, too, and backwards."""
+    x = [y.requires_grad_() for y in problem(torch.float32, 1, 1, 1, 20, 20, 16, 16)[:3]]
+    bias = torch.randn(1, 1, 20, 20, device=DEVICE, requires_grad=True)
+    tangents = [torch._efficientzerotensor(y.shape, device=DEVICE) for y in (*x, bias)]
+    assert all(y._is_zerotensor() for y in tangents)
+    tangents[1] = torch.randn_like(x[1])
+    results = []
+    for zero in (tangents, [torch.zeros_like(y) if y._is_zerotensor() else y for y in tangents]):
+        with choose("on"):
+            o, to = attention_with_tangent(*x, *zero[:3], bias=bias, tbias=zero[3])
+        results.append((o, to, *torch.autograd.grad((o + to.square()).sum(), [*x, bias])))
+    for got, want in zip(*results, strict=True):
+        assert torch.equal(got, want)
 
 
 def test_offsets_exceed_32_bits(tmp_path):
