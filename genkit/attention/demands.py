@@ -15,10 +15,10 @@ def refusal(name: str, records: Coverage) -> str | None:
     for record in records:
         own = record.way == "interface" and (name == "native" or name in OF_TRANSFORMERS)
         if record.way == "interface" and not own:
-            for what, attributes in (("soft cap", _CAPS), ("sinks", _SINKS)):
+            for what, attributes in (("a soft cap", _CAPS), ("sinks", _SINKS)):
                 if any(getattr(record.module, attribute, None) is not None for attribute in attributes):
                     return (
-                        f"{record.name or record.kind} has a {what} of attention, for which Transformers has backends; "
+                        f"{record.name or record.kind} has {what} of attention, for which Transformers has backends; "
                         "take 'native' or 'flex' for this network (of a pipeline, choose for each network by itself)"
                     )
         if (p := _dropout(record)) > 0 and not _drops(name, own):
