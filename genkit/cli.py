@@ -638,22 +638,28 @@ def doctor(
 
     from genkit import doctor as checks
 
+    if model is not None:
+        checks.check_model(model)
     console = Console()
     problem = checks.torchvision_problem()
 
     def show(title: str, columns: tuple[str, ...], rows) -> None:
-        table = Table(*columns, title=title, title_justify="left")
+        table = Table(title=title, title_justify="left")
+        if not any(row[-1] for row in rows):
+            columns = columns[:-1]
+        for name in columns:
+            table.add_column(name, overflow="fold")  # names in full, on as many lines as they take
         for row in rows:
-            table.add_row(*map(str, row))
+            table.add_row(*map(str, row[: len(columns)]))
         console.print(table)
 
-    show("Packages", ("package", "version", ""), [(p, v or "missing", remark) for p, v, remark in checks.versions()])
-    show("Devices", ("device", ""), checks.devices())
+    show("Packages", ("package", "version", "remark"), [(p, v or "missing", why) for p, v, why in checks.versions()])
+    show("Devices", ("device", "what it is"), checks.devices())
     backends = [(name, "yes" if works else "no", remark) for name, works, remark in checks.attention_backends()]
-    show("Attention", ("backend", "works", ""), backends)
+    show("Attention", ("backend", "works", "remark"), backends)
     if model is not None:
         rows = checks.model_attention(model)
-        show(f"Attention of {model}", ("module", "class", "processor", "reached", ""), rows)
+        show(f"Attention of {model}", ("module", "class", "processor", "reached", "remark"), rows)
     if problem:
         console.print(problem, style="red")
         raise typer.Exit(1)

@@ -2,8 +2,11 @@
 
 import importlib.metadata
 import importlib.util
+import json
 import platform
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 REQUIRED = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "pydantic", "omegaconf")
 # Package -> (import name, what it is for, extra that brings it)
@@ -89,6 +92,8 @@ def attention_backends() -> list[tuple[str, bool, str]]:
 def model_attention(path: Path) -> list[tuple[str, str, str, str, str]]:
     """``(module, class, processor, how a backend reaches it or "no", remark)`` of a saved pipeline or network.
 
+    Networks are built without their weights where they can be.
+
     Raises:
         FileNotFoundError: there is no model.
         ValueError: it is of a kind that neither Diffusers nor Transformers knows.
@@ -98,15 +103,52 @@ def model_attention(path: Path) -> list[tuple[str, str, str, str, str]]:
     from genkit._diffusers import without_loading_bars
     from genkit.attention import attention_coverage
 
+    check_model(path)
+    with without_loading_bars():
+        try:
+            model = _without_weights(path)
+        except Exception:  # of a kind that is not met here, or it computes with weights when it is built
+            whole = (path / "model_index.json").is_file()
+            model = (DiffusionPipeline if whole else AutoModel).from_pretrained(str(path))
+    coverage = attention_coverage(model)
+    return [(r.name, r.kind, r.processor or "", r.way or "no", r.reason) for r in coverage]
+
+
+def check_model(path: Path) -> None:
+    """Raise ``FileNotFoundError`` where there is no saved pipeline or network."""
     if not path.is_dir():
         raise FileNotFoundError(f"model={str(path)!r} is not a folder")
     if not any((path / name).is_file() for name in ("model_index.json", "config.json")):
         raise FileNotFoundError(f"model={str(path)!r} has neither a model_index.json nor a config.json")
-    with without_loading_bars():
-        whole = (path / "model_index.json").is_file()
-        model = (DiffusionPipeline if whole else AutoModel).from_pretrained(str(path))
-    coverage = attention_coverage(model)
-    return [(r.name, r.kind, r.processor or "", r.way or "no", r.reason) for r in coverage]
+
+
+def _without_weights(path: Path) -> Any:
+    """A pipeline's networks as ``components``, or a network, on the meta device."""
+    import diffusers
+    import torch
+    import transformers
+
+    def build(folder: Path, kind: Any) -> Any:
+        if kind.__module__.startswith("transformers."):
+            return kind(kind.config_class.from_pretrained(str(folder)))
+        return kind.from_config(kind.load_config(str(folder)))
+
+    with torch.device("meta"):
+        index = path / "model_index.json"
+        if not index.is_file():
+            config = json.loads((path / "config.json").read_text())
+            if "_class_name" in config:
+                return build(path, getattr(diffusers, config["_class_name"]))
+            return transformers.AutoModel.from_config(transformers.AutoConfig.from_pretrained(str(path)))
+        components = {}
+        for name, entry in json.loads(index.read_text()).items():
+            if name.startswith("_") or not isinstance(entry, list) or not entry[0]:
+                continue
+            library = getattr(diffusers.pipelines, entry[0], None) or importlib.import_module(entry[0])
+            kind = getattr(library, entry[1])
+            if isinstance(kind, type) and issubclass(kind, torch.nn.Module):
+                components[name] = build(path / name, kind)
+    return SimpleNamespace(components=components)
 
 
 def torchvision_problem() -> str | None:
