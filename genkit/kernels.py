@@ -129,5 +129,5 @@ def interpreted() -> bool:
 
 
 # torch.compile takes what they say as given. torch.compiler.assume_constant_result does this, and imports the compiler.
-for _function in (obstacle, _say_eager):
-    _function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+obstacle._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_say_eager._dynamo_marked_constant = True  # type: ignore[attr-defined]

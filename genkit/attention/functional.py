@@ -29,9 +29,9 @@ def attention(
     """Attention ``o = softmax(scale q k^T + bias) v`` with forward mode, and gradients of value and tangent.
 
     It goes through ``torch.func.jvp``, ``torch.autograd.forward_ad``, ``backward`` and the gradient of a jvp. On NVIDIA
-    GPUs it is fused, in float16, bfloat16 and float32, with memory linear in tokens, and has first derivatives only,
-    of value and tangent; second ones raise. Elsewhere, in float64, and with ``GENKIT_KERNELS=off`` it is plain PyTorch,
-    which has derivatives of any order. A row of which every key is masked is 0.
+    GPUs from Ampere on it is fused, in float16, bfloat16 and float32, with memory linear in tokens, and has first
+    derivatives only, of value and tangent; second ones raise. Elsewhere, in float64, and with ``GENKIT_KERNELS=off`` it
+    is plain PyTorch, which has derivatives of any order. A row of which every key is masked is 0.
 
     Args:
         q: ``(B, H, M, D)``; on GPUs ``D`` is a multiple of 8 from 16 to 256.

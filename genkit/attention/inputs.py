@@ -33,8 +33,8 @@ def check(
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 4:
             raise ValueError(f"{name} has shape {tuple(x.shape)}; expected (batch, heads, tokens, channels)")
-    for name, x in (("q", q), ("k", k), ("v", v), ("bias", bias)):
-        _floating(name, x)
+    for name, given in (("q", q), ("k", k), ("v", v), ("bias", bias)):
+        _floating(name, given)
     if autocasts(q.device):
         lower = torch.get_autocast_dtype(q.device.type)
         q, k, v = (x.to(lower) if x.dtype != torch.float64 else x for x in (q, k, v))
