@@ -3,7 +3,7 @@
 import re
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, Literal
@@ -22,7 +22,8 @@ Way = Literal["dispatcher", "interface", "rerouted"]
 class AttentionModule:
     """One module that computes attention: its ``name`` in the model, its class, that of its processor if it has one.
 
-    ``way`` is how a backend gets there; ``None`` where none does, and then ``reason`` says why.
+    ``way`` is how a backend gets there; ``None`` where none does, and then ``reason`` says why. It also says what a
+    backend that gets there lacks.
     """
 
     name: str
@@ -63,9 +64,12 @@ def attention_coverage(model: Any, backend: str = "genkit") -> Coverage:
     Raises:
         ValueError: ``model`` is none of these.
     """
+    from genkit.attention.demands import lacking
+
     found = Coverage()
     for prefix, network in networks(model):
-        found += covered(network, backend, prefix)
+        for record in covered(network, backend, prefix):
+            found.append(replace(record, reason=lacking(backend, record) or record.reason))
     first = {id(record.module): record for record in reversed(found)}  # components may share a network
     return Coverage(record for record in found if record is first[id(record.module)])
 
@@ -142,7 +146,8 @@ def _doors(owner: Any, entry: str) -> set[str]:
     attributes = getattr(owner, "__dict__", {}).items()
     kept = {name: f for name, f in attributes if name != "forward" and _plain(f) is not None}
     # What an instance keeps may hold on to tensors, and had better not be cached.
-    return _search(type(owner), entry, kept) if kept else _doors_of_class(type(owner), entry)
+    kind: Any = type(owner)
+    return _search(kind, entry, kept) if kept else _doors_of_class(kind, entry)
 
 
 @cache

@@ -13,15 +13,9 @@ _DROPOUTS = ("attention_dropout", "attn_dropout", "attn_drop", "dropout_p", "dro
 def refusal(name: str, records: Coverage) -> str | None:
     """Why a backend does not compute the attention of these modules as they are set, and what to do."""
     for record in records:
-        own = record.way == "interface" and (name == "native" or name in OF_TRANSFORMERS)
-        if record.way == "interface" and not own:
-            for what, attributes in (("a soft cap", _CAPS), ("sinks", _SINKS)):
-                if any(getattr(record.module, attribute, None) is not None for attribute in attributes):
-                    return (
-                        f"{record.name or record.kind} has {what} of attention, for which Transformers has backends; "
-                        "take 'native' or 'flex' for this network (of a pipeline, choose for each network by itself)"
-                    )
-        if (p := _dropout(record)) > 0 and not _drops(name, own):
+        if reason := lacking(name, record):
+            return f"{record.name or record.kind} has {reason}"
+        if (p := _dropout(record)) > 0 and not _drops(name, _own(name, record)):
             return (
                 f"{record.name or record.kind} is in train mode with dropout={p:g} of attention; put the network into "
                 "eval mode, set this dropout to 0, or take 'native'"
@@ -29,8 +23,25 @@ def refusal(name: str, records: Coverage) -> str | None:
     return None
 
 
+def lacking(name: str, record: AttentionModule) -> str | None:
+    """What a module's attention is made with that a backend has not, and what to do."""
+    if record.way != "interface" or _own(name, record):
+        return None
+    for what, attributes in (("a soft cap", _CAPS), ("sinks", _SINKS)):
+        if any(getattr(record.module, attribute, None) is not None for attribute in attributes):
+            return (
+                f"{what} of attention, for which Transformers has backends; take 'native' or 'flex' for this network "
+                "(of a pipeline, choose for each network by itself)"
+            )
+    return None
+
+
+def _own(name: str, record: AttentionModule) -> bool:
+    return record.way == "interface" and (name == "native" or name in OF_TRANSFORMERS)
+
+
 def _dropout(record: AttentionModule) -> float:
-    """Of attention weights, as a module is set; Diffusers' own networks have none."""
+    """Of attention weights, as a module is set. Where Diffusers' networks have some (ACE-Step) is not in attributes."""
     if not record.module.training or record.way not in ("interface", "rerouted"):
         return 0.0
     # Elsewhere than in Transformers' attention this may be of what comes out of it.

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import Gemma2Config, Gemma2Model, GptOssConfig, GptOssModel, LlamaConfig, LlamaModel
 
-from genkit.attention import backends, use
+from genkit.attention import attention_coverage, backends, use
 from tests.attention.test_backends import settings
 
 SIZES = dict(hidden_size=32, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
@@ -36,6 +36,8 @@ def test_caps_and_sinks(make, what):
         for backend in ("genkit", "_native_math"):
             with pytest.raises(ValueError, match=f"'{backend}' does not compute attention of .*{what}.*take 'native'"):
                 use(m, backend)
+            assert all("take 'native'" in record.reason for record in attention_coverage(m, backend))
+        assert not any(record.reason for record in attention_coverage(m, "native"))
         for backend in ("native", "auto"):
             with use(m, backend) as chosen:
                 torch.testing.assert_close(m(ids).last_hidden_state, expected)
