@@ -83,7 +83,7 @@ def attention_backends() -> list[tuple[str, bool, str]]:
         for name in probing.names()
         if name != probing.OURS
     ]
-    fused = kernels.obstacle(device.type)
+    fused = kernels.obstacle(device)
     rows.append(("genkit, fused", False, fused) if fused else row("genkit, fused", probing.OURS, "on"))
     rows.append(row("genkit, eager", probing.OURS, "off"))
     return [*rows, row("forward mode", probing.OURS, "auto", tangent=True, gradient=True)]
