@@ -70,7 +70,7 @@ def fused(device: torch.device) -> bool:
         return True
     if how == "on":
         raise RuntimeError(f"GENKIT_KERNELS=on: {reason}; or set GENKIT_KERNELS=off for eager code")
-    _say_eager(reason)
+    say_eager(reason)
     return False
 
 
@@ -89,21 +89,29 @@ def obstacle(device: torch.device | str) -> str | None:
         return "kernels are for NVIDIA GPUs, and this torch is for AMD's (ROCm); eager code runs there"
     if not torch.cuda.is_available():
         return "torch finds no NVIDIA GPU; install a CUDA build of torch and a driver that it supports"
-    gpu = torch.cuda.get_device_properties(device)
+    gpu, shared = torch.cuda.get_device_properties(device), shared_memory(device)
     if (gpu.major, gpu.minor) < _CAPABILITY:
         return (
             f"{gpu.name} has compute capability {gpu.major}.{gpu.minor}, kernels need 8.0 (Ampere) or more; take a "
             "newer GPU"
         )
-    if gpu.shared_memory_per_block_optin < _SHARED:
+    if shared < _SHARED:
         return (
-            f"{gpu.name} gives a block {gpu.shared_memory_per_block_optin // 1024} KiB of shared memory, kernels need "
-            f"{_SHARED // 1024}; take another GPU"
+            f"{gpu.name} gives a block {shared // 1024} KiB of shared memory, kernels need {_SHARED // 1024}; take "
+            "another GPU"
         )
     return None
 
 
-def _say_eager(reason: str) -> None:
+def shared_memory(device: torch.device) -> int:
+    """Shared memory that a block of threads can have, in bytes; that of Hopper's where there is no such thing."""
+    if device.type != "cuda":
+        return 227 * 1024
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+def say_eager(reason: str) -> None:
+    """Log once why there is no kernel for what is computed."""
     _log_once(reason)
 
 
@@ -130,4 +138,5 @@ def interpreted() -> bool:
 
 # torch.compile takes what they say as given. torch.compiler.assume_constant_result does this, and imports the compiler.
 obstacle._dynamo_marked_constant = True  # type: ignore[attr-defined]
-_say_eager._dynamo_marked_constant = True  # type: ignore[attr-defined]
+shared_memory._dynamo_marked_constant = True  # type: ignore[attr-defined]
+say_eager._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -88,11 +88,6 @@ def rows_like(q: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
     return q.new_empty(b, m, h, channels, dtype=dtype).transpose(1, 2)
 
 
-def capacity(device: torch.device) -> int:
-    """Shared memory that a block of threads can have, in bytes."""
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else 232448
-
-
 def launching(x: Tensor) -> AbstractContextManager:
     """Kernels are launched on the current device, which this makes ``x``'s."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()

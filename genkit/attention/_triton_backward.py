@@ -10,6 +10,7 @@ from genkit.attention import _tiles, _tuning
 from genkit.attention._tiles import Tile
 from genkit.attention._triton_gradients import of_bias, of_keys, of_queries, row_sums
 from genkit.attention.inputs import Options
+from genkit.kernels import shared_memory
 
 
 class Launch(NamedTuple):
@@ -87,7 +88,7 @@ def launches(
         **dict(D=d, D_LOW=d_low, D_HIGH=d_high, **channels),
     }
     width = max(d_low + d_high, v_low + v_high)
-    tiles = tiles or choose(q.dtype, width, h is not None, bias is not None, _tiles.capacity(q.device))
+    tiles = tiles or choose(q.dtype, width, h is not None, bias is not None, shared_memory(q.device))
 
     def launch(kernel, programs: int, tile: Tile, **more) -> Launch:
         return Launch(kernel, programs, {**common, **more, "ROWS": tile.rows, "KEYS": tile.keys}, tile.options())
@@ -206,7 +207,7 @@ def _fastest(q, k, v, bias, mask, tq, tk, tv, tbias, o, to, lse, mu, g, h, optio
     lengths = tuple(x.shape[2].bit_length() for x in (q, k))
     key = (q.device, q.dtype, q.shape[3], v.shape[3], options.is_causal, grids, present, needs, lengths)
     width = max(sum(_tiles.split(x.shape[3])) for x in (q, v))
-    tiles = choose(q.dtype, width, h is not None, bias is not None, _tiles.capacity(q.device))
+    tiles = choose(q.dtype, width, h is not None, bias is not None, shared_memory(q.device))
     there = {launch.kernel for launch in launches(*inputs, tiles)[0]}
     for name, kernel in (("keys", of_keys), ("queries", of_queries)):
         if kernel not in there:

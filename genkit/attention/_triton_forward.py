@@ -29,7 +29,7 @@ from genkit.attention._tiles import (
     store,
 )
 from genkit.attention.inputs import Options
-from genkit.kernels import interpreted
+from genkit.kernels import interpreted, shared_memory
 
 # Where lse is known, e = 2^6 p: in float16 fewer of the small ones are subnormal. It cancels.
 LIFT: tl.constexpr = tl.constexpr(6.0)
@@ -139,7 +139,7 @@ def _launch(
     q: Tensor, k, v, bias, mask, lse, tq, tk, tv, tbias, options: Options, with_tangent: bool, precise: bool,
     tile: Tile | None,
 ) -> tuple:  # fmt: skip
-    shared = _tiles.capacity(q.device)
+    shared = shared_memory(q.device)
 
     def run(tile: Tile | None) -> tuple:
         inputs = (q, k, v, bias, mask, lse, tq, tk, tv, tbias)

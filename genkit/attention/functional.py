@@ -98,6 +98,10 @@ def _ways(inputs: Inputs, eager: bool) -> tuple[Callable, Callable]:
     return _COMPILED if torch.compiler.is_compiling() else _FUSED
 
 
+# Bytes of nine tiles of 16 rows and 256 channels in float32, which a gradient of the tangent holds at once.
+_WIDE = 9 * 16 * 256 * 4
+
+
 def _fused(inputs: Inputs) -> bool:
     if inputs.q.dtype not in (torch.float16, torch.bfloat16, torch.float32) or not kernels.fused(inputs.q.device):
         return False
@@ -107,4 +111,14 @@ def _fused(inputs: Inputs) -> bool:
                 f"{name} have {x.shape[-1]} channels a head; fused attention takes multiples of 8 from 16 to 256: pad "
                 "with zeros and give scale, or take eager attention by eager=True or GENKIT_KERNELS=off"
             )
+    widest, shared = max(inputs.q.shape[-1], inputs.v.shape[-1]), kernels.shared_memory(inputs.q.device)
+    if inputs.q.dtype == torch.float32 and widest > 160 and shared < _WIDE:
+        reason = (
+            f"{widest} channels a head in float32 need {_WIDE // 1024} KiB of shared memory, and {inputs.q.device} has "
+            f"{shared // 1024}; take float16 or bfloat16, or at most 160 channels"
+        )
+        if kernels.mode() == "on":
+            raise RuntimeError(f"GENKIT_KERNELS=on: {reason}; or take eager attention by eager=True")
+        kernels.say_eager(reason)
+        return False
     return True

@@ -1,5 +1,6 @@
 """``attention`` and ``attention_with_tangent`` as users call them: what they compute, and what they refuse."""
 
+import logging
 import math
 import re
 
@@ -9,7 +10,8 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from genkit import kernels
-from genkit.attention import attention, attention_with_tangent
+from genkit.attention import attention, attention_with_tangent, autograd
+from tests.attention import closed_form
 
 F64 = torch.float64
 
@@ -286,6 +288,27 @@ def test_heads_that_no_kernel_takes_are_refused_where_kernels_are_used(channels)
                 attention(*args)
         attention(*3 * [x.double()])  # eager in float64
     assert attention(x, x, x).shape == x.shape
+
+
+def test_wide_heads_in_float32_are_eager_where_their_gradients_do_not_fit(monkeypatch, caplog):
+    monkeypatch.setattr(kernels, "fused", lambda device: True)  # as on a GPU
+    monkeypatch.setattr(kernels, "shared_memory", lambda device: 99 * 1024)
+    monkeypatch.setattr(autograd, "_triton", lambda: pytest.fail("a kernel was asked for"))
+    kernels._log_once.cache_clear()
+    q, k, v = (torch.randn(1, 1, 4, channels) for channels in (16, 16, 168))
+    with kernels.choose("auto"), caplog.at_level(logging.WARNING, "genkit.kernels"):
+        close(attention(q, k, v), attention(q, k, v, eager=True), 0)
+        attention(q, k, v)
+    assert [record.getMessage()[:70] for record in caplog.records] == [
+        "computing eagerly, without fused kernels: 168 channels a head in float"
+    ]
+    with kernels.choose("on"), pytest.raises(RuntimeError, match="need 144 KiB of shared memory, and cpu has 99; take"):
+        attention(q, k, v)
+    monkeypatch.setattr(autograd, "_triton", lambda: closed_form)
+    for x in ((q, k, v[..., :160]), [y.bfloat16() for y in (q, k, v)]):
+        close(attention(*x), attention(*x, eager=True), 1e-2)
+    monkeypatch.setattr(kernels, "shared_memory", lambda device: 163 * 1024)
+    close(attention(q, k, v), attention(q, k, v, eager=True), 1e-5)
 
 
 def test_kernels_that_are_demanded_and_not_there(monkeypatch):

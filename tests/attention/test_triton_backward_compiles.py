@@ -70,3 +70,13 @@ def test_tiles_fit_consumers_gpus():
     for x in compiled("tests.attention.test_triton_backward_compiles", cases, timeout=1200):
         print(x)
         assert x["mma"] and x["spilled"] <= 400 and x["shared"] <= x["capacity"]
+
+
+@pytest.mark.slow
+def test_what_wide_heads_in_float32_need_fits_where_they_are_fused():
+    from genkit.attention.functional import _WIDE
+
+    cases = [case(80, d, i, "float32", capacity=99 * 1024) for d in (160, 256) for i in (0, 3)]
+    for x in compiled("tests.attention.test_triton_backward_compiles", cases, timeout=1200):
+        print(x)
+        assert x["shared"] <= (99 * 1024 if x["d"] <= 160 else _WIDE)
