@@ -212,7 +212,8 @@ def _hopper_or_blackwell(device: torch.device) -> bool:
 def _eager_since(size: Size) -> str | None:
     """Why ours is eager; ``None`` where a kernel computes it."""
     if not kernels.fused(size.device):
-        return "GENKIT_KERNELS=off" if kernels.mode() == "off" else kernels.obstacle(size.device)
+        chosen = f"GENKIT_KERNELS={kernels.mode()}"
+        return chosen if kernels.mode() == "off" else kernels.obstacle(size.device) or chosen
     if size.dtype == torch.float64 or not fits(torch.empty(0, size.channels)):
         width = f"{size.channels} channels a head{' (assumed)' if size.assumed else ''}"
         return f"{width} in {size.dtype}; there are kernels for multiples of 8 from 16 to 256, not float64"
