@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from genkit import kernels
 from genkit._diffusers import add_backend, attention_processor, backend_function, casting_dtype, set_backend
@@ -15,7 +16,8 @@ from genkit.attention import conventions
 from genkit.attention.choices import Use
 from genkit.attention.coverage import Coverage, asks_dispatcher, covered, networks
 from genkit.attention.demands import OF_TRANSFORMERS, refusal
-from genkit.attention.functional import fits
+from genkit.attention.functional import _fused, fits
+from genkit.attention.inputs import check
 from genkit.attention.probing import OURS, compute, head_size, names, problem
 from genkit.attention.rerouting import reroute
 from genkit.registry import unknown
@@ -210,14 +212,19 @@ def _hopper_or_blackwell(device: torch.device) -> bool:
 
 
 def _eager_since(size: Size) -> str | None:
-    """Why ours is eager; ``None`` where a kernel computes it."""
-    if not kernels.fused(size.device):
-        chosen = f"GENKIT_KERNELS={kernels.mode()}"
+    """Why ours is eager, by what itself goes by; ``None`` where a kernel computes it."""
+    with FakeTensorMode():
+        x = torch.empty(1, 1, 1, size.channels, device=size.device, dtype=size.dtype)
+    if fits(x) and _fused(check(x, x, x, None, None, False, None)):
+        return None
+    chosen = f"GENKIT_KERNELS={kernels.mode()}"
+    if kernels.mode() == "off" or not kernels.fused(size.device):
         return chosen if kernels.mode() == "off" else kernels.obstacle(size.device) or chosen
-    if size.dtype == torch.float64 or not fits(torch.empty(0, size.channels)):
-        width = f"{size.channels} channels a head{' (assumed)' if size.assumed else ''}"
-        return f"{width} in {size.dtype}; there are kernels for multiples of 8 from 16 to 256, not float64"
-    return None
+    width = f"{size.channels} channels a head{' (assumed)' if size.assumed else ''}"
+    return (
+        f"{width} in {size.dtype}; there are kernels for multiples of 8 from 16 to 256, not float64, in float32 as far "
+        "as shared memory goes"
+    )
 
 
 def _apply(network: nn.Module, name: str, records: Coverage, stack: ExitStack) -> list[Any]:

@@ -361,6 +361,7 @@ def test_auto_on_a_cpu(tiny_pipeline, said):
 )
 def test_auto_on_a_hopper(monkeypatch, faults, deterministic, name, reason):
     backends._fastest.cache_clear()
+    monkeypatch.setattr(kernels, "obstacle", lambda device: "no GPU is here")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(backends, "problem", lambda *args, masked=False, **kwargs: faults.get(masked))
     sizes = (backends.Size(torch.device("cuda", 0), torch.bfloat16, 64),)
@@ -372,6 +373,7 @@ def test_auto_on_a_hopper(monkeypatch, faults, deterministic, name, reason):
 
 def test_eager_attention_on_a_gpu_is_said(monkeypatch, said, tiny_pipeline):
     size = backends.Size(torch.device("cuda", 0), torch.bfloat16, 64)
+    monkeypatch.setattr(kernels, "shared_memory", lambda device: 227 * 1024)
     records = attention_coverage(build("dit", tiny_pipeline).module)
     monkeypatch.setattr(kernels, "obstacle", lambda kind: "triton is not installed: pip install triton")
     backends._warn("net", "genkit", (size,), records)
@@ -385,10 +387,18 @@ def test_eager_attention_on_a_gpu_is_said(monkeypatch, said, tiny_pipeline):
 
 
 @pytest.mark.parametrize(
-    ("unfit", "word"), [({}, "fused"), (dict(channels=20), "eager"), (dict(dtype=torch.float64), "eager")]
+    ("unfit", "word"),
+    [
+        ({}, "fused"),
+        (dict(channels=20), "eager"),
+        (dict(dtype=torch.float64), "eager"),
+        (dict(dtype=torch.float32, channels=160), "fused"),
+        (dict(dtype=torch.float32, channels=256), "eager"),
+    ],
 )
 def test_auto_says_fused_only_where_a_kernel_computes(monkeypatch, unfit, word):
-    monkeypatch.setattr(kernels, "obstacle", lambda kind: None)
+    monkeypatch.setattr(kernels, "obstacle", lambda device: None)
+    monkeypatch.setattr(kernels, "shared_memory", lambda device: 99 * 1024)
     backends._fastest.cache_clear()
     size = backends.Size(torch.device("cuda", 0), torch.bfloat16, 64)
     for sizes in ((size._replace(**unfit),), (size, size._replace(**unfit))):
