@@ -14,6 +14,7 @@ from genkit.training.logs import flatten
 from genkit.training.objectives.base import Objective
 from genkit.training.roles import TrainedRole, own_buffers, state
 from genkit.training.sharding import assign, whole
+from genkit.training.sparse import check_known, known
 
 logger = logging.getLogger("genkit.training")
 
@@ -29,7 +30,11 @@ def load_averages(module: nn.Module, path: Path, role: str, decay: float | None)
 
     Raises:
         OSError, SafetensorError: a file that is missing or not whole.
+        CheckpointError: a SaRA of another base model than that of ``module``, or of other places in it.
     """
+    has = known(module)
+    if has:
+        check_known(path, checkpoint.read_manifest(path).get("sara", {}).get(role, has), has)
     values = load_file(path / f"{role}.safetensors")
     averages = path / f"{role}.ema.safetensors"
     if averages.is_file():
@@ -101,6 +106,7 @@ class Saving:
             "config": self.config.model_dump(mode="json"),
             "ema_updates": {name: role.ema.updates for name, role in roles.items() if role.ema is not None},
             "components": self.components,
+            "sara": {name: role.sparse.known for name, role in roles.items() if role.sparse is not None},
             "scaler": None if scaler is None else scaler.state_dict(),
         }
         return checkpoint.Snapshot(step, whole(self._tensors(roles)), optimizers, info)
@@ -109,14 +115,22 @@ class Saving:
         """Put the roles in the state of the checkpoint to go on from; returns its step, 0 without one.
 
         Raises:
-            CheckpointError: a file that is truncated, or of another run.
+            CheckpointError: a file that is truncated, or of another run; a SaRA of another base model.
             ValueError: the output folder holds later checkpoints; ``model.components`` with other weights.
         """
         path = self.resumed_from
         if path is None:
             return 0
         wanted = self._tensors(roles)
-        snapshot = checkpoint.load(path, wanted)
+        manifest = checkpoint.read_manifest(path)
+        changes = self._changes(manifest.get("config", {}))
+        try:
+            for name, role in roles.items():
+                if role.sparse is not None:
+                    check_known(path, manifest.get("sara", {}).get(name, role.sparse.known), role.sparse.known)
+            snapshot = checkpoint.load(path, wanted)
+        except checkpoint.CheckpointError as error:
+            raise type(error)(f"{error}; settings that differ: {changes}" if changes else str(error)) from None
         later = [s for s in checkpoint.found(self.config.output_dir) if s > snapshot.step]
         if later:
             raise ValueError(
@@ -130,7 +144,10 @@ class Saving:
                     f"model.components.{name}={self.config.model.components[name]!r} has the weights {has}, and {path} "
                     f"was trained with {had[name]}; give the former ones, or set another output_dir to start anew"
                 )
-        self._warn_of_changes(snapshot.info.get("config", {}), path)
+        if changes and self.accelerator.is_main_process:
+            logger.warning(
+                "settings differ from those of %s, so the run will not go on as it would have: %s", path, changes
+            )
         for name, tensors in wanted.items():
             for key, tensor in tensors.items():
                 assign(tensor, snapshot.tensors[name][key])
@@ -154,15 +171,12 @@ class Saving:
             logger.info("resumed from %s at step %d", path, snapshot.step)
         return snapshot.step
 
-    def _warn_of_changes(self, before: dict, path: Path) -> None:
+    def _changes(self, before: dict) -> str:
+        """The settings that were others ``before``, of those that change what is computed."""
         old, new = flatten(before), flatten(self.config.model_dump(mode="json"))
         progressive = getattr(self.config.adapter, "progressive_ratio", None) is not None
         if self.config.lr_scheduler.startswith("constant") and not progressive:
             # where the run ends changes nothing before that
             old["max_train_steps"] = new["max_train_steps"]
         changed = [k for k in sorted({*old, *new}) if old.get(k) != new.get(k) and k.split(".")[0] not in _OPERATIONAL]
-        if changed and self.accelerator.is_main_process:
-            text = ", ".join(f"{k} ({old.get(k)} -> {new.get(k)})" for k in changed)
-            logger.warning(
-                "settings differ from those of %s, so the run will not go on as it would have: %s", path, text
-            )
+        return ", ".join(f"{k} ({old.get(k, 'unset')} -> {new.get(k, 'unset')})" for k in changed)

@@ -1,15 +1,48 @@
 """What a SaRA has done to it beside the optimiser's updates: its ranks are lowered, its places become fewer."""
 
 import logging
+from collections.abc import Mapping
+from pathlib import Path
 
 from torch import nn
 from torch.optim import Optimizer
 
 from genkit.rng import hash_seed
-from genkit.sara import add_rank_gradient, lowerable, shrink
+from genkit.sara import add_rank_gradient, fingerprint, lowerable, sara_layers, shrink
+from genkit.training.checkpoint import CheckpointError
 from genkit.training.config import Sara, TrainConfig
 
 logger = logging.getLogger("genkit.training")
+
+Known = Mapping[str, Mapping[str, str]]  # hashes of the places and of the base of each weight, by its name
+
+
+def known(module: nn.Module) -> dict[str, dict[str, str]]:
+    """What the SaRA of ``module`` is a change of: a checkpoint has neither the places nor the base weights."""
+    return {
+        name: {"base": sara.hashes["float32"], "places": fingerprint(sara.index)}
+        for name, sara in sara_layers(module).items()
+    }
+
+
+def check_known(path: Path, had: Known, has: Known) -> None:
+    """Refuse the checkpoint at ``path``, of what ``had`` says, for a SaRA of what ``has`` says.
+
+    Raises:
+        CheckpointError: it is of other base weights, or of other places in them.
+    """
+    for name in sorted({*had, *has}):
+        if name not in had or name not in has:
+            raise CheckpointError(
+                f"{path} is of {len(had)} weights under SaRA and here are {len(has)}: {name} is only "
+                f"{'in the checkpoint' if name in had else 'here'}"
+            )
+        for part, what in (("base", "another base model"), ("places", "other places")):
+            if had[name][part] != has[name][part]:
+                raise CheckpointError(
+                    f"{path} has the changes of {what}: {name} has the hash {has[name][part]} here, wanted "
+                    f"{had[name][part]}; a SaRA goes on from the base weights and the selection that it began with"
+                )
 
 
 class SparseTraining:
@@ -30,6 +63,7 @@ class SparseTraining:
                 "freezes; set optimizer.weight_decay=0, or adapter.progressive_ratio=null"
             )
         self.layers = lowerable(module) if settings.lambda_rank else []
+        self.known = known(module)
         self.step = 0
 
     def begin(self, step: int) -> None:
