@@ -47,7 +47,8 @@ def build(config: TrainConfig) -> Run:
     In float32, but for what ``config.frozen_dtype`` says.
 
     Raises:
-        ValueError: parts that do not fit: data of another shape, labels out of range, a teacher on another path.
+        ValueError: parts that do not fit: data of another shape, labels out of range, a teacher on another path, an
+            adapter for a network that the method does not train.
     """
     with torch.random.fork_rng():
         torch.manual_seed(hash_seed(config.seed, 0x6E6574))
@@ -87,7 +88,9 @@ def build(config: TrainConfig) -> Run:
         if config.frozen_dtype != "float32":
             taught = [] if teacher is None else [teacher.module.requires_grad_(False)]
             _round_frozen([pipe, *taught], getattr(torch, config.frozen_dtype))
+        trainable = [p for p in student.module.parameters() if p.requires_grad]
         objective = cls.make(config.objective_config(), student, teacher, pipe)
+        _check_trained(config, objective, trainable)
         if config.frozen_dtype != "float32":
             for role in objective.roles.values():
                 _widen_trained(role.module)
@@ -112,6 +115,22 @@ def _student(pipe: DiffusionPipeline, cls: type[Objective], config: TrainConfig)
             f"{type(student.module).__name__} is of the kind {type(student).__name__}"
         )
     return student
+
+
+def _check_trained(config: TrainConfig, objective: Objective, trainable: list[nn.Parameter]) -> None:
+    """Refuse settings of how the student trains, ``trainable`` in it, where no role trains that."""
+    trained = {id(p) for role in objective.roles.values() if role.trains for p in role.module.parameters()}
+    if any(id(p) in trained for p in trainable):
+        return
+    kind = config.adapter.kind
+    for name, value, given in (
+        ("adapter.kind", kind, kind != "full"),
+        ("gradient_checkpointing", config.gradient_checkpointing, config.gradient_checkpointing),
+    ):
+        if given:
+            raise ValueError(
+                f"{name}={value}: objective={config.objective.name!r} does not train the network; leave it out"
+            )
 
 
 def _round_frozen(parts: list[Any], dtype: torch.dtype) -> None:

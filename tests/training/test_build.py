@@ -9,7 +9,7 @@ from genkit.pipelines.commands import load_pipeline as load_for_sampling
 from genkit.testing import tiny
 from genkit.training import __main__ as command
 from genkit.training.build import build, load_pipeline
-from genkit.training.config import load_config
+from genkit.training.config import TrainConfig, load_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -55,3 +55,26 @@ def test_errors_of_a_model_begin_with_the_cause():
         build(load_config(recipe, ["model.out_channels=3"]))
     with pytest.raises(ValueError, match="no such folder: what a run has trained is in OUTPUT_DIR/pipeline"):
         build(load_config(CONFIGS / "digits" / "autoregressive_tokens.yaml", ["model.components.vqvae=none/pipeline"]))
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        dict(name="readout", kind="spatial", modules=["blocks.0.fc2"], projection_dim=48, norm_num_groups=4),
+        dict(name="zoodip", token="3", quantization="none"),
+        dict(name="zoodip", token="3", quantization="int8"),
+    ],
+    ids=["readout", "zoodip", "zoodip_int8"],
+)
+def test_an_adapter_that_nothing_would_train_is_refused(objective, toys, tmp_path):
+    def made(**changes):
+        settings = toys.settings(tmp_path, objective=objective, **changes)
+        return build(TrainConfig(**{k: v for k, v in settings.items() if v is not None}).check())
+
+    for adapter in (dict(kind="lora", rank=2), dict(kind="sara", threshold=0.05)):
+        what = f"^adapter.kind={adapter['kind']}: objective='{objective['name']}' does not train the network; leave it"
+        with pytest.raises(ValueError, match=what):
+            made(adapter=adapter)
+    with pytest.raises(ValueError, match="^gradient_checkpointing=True: objective=.* does not train the network"):
+        made(gradient_checkpointing=True)
+    assert made(adapter=None).objective.roles and made().objective.roles

@@ -128,7 +128,10 @@ def test_a_run_and_what_it_leaves(toys, teacher, tmp_path):
     assert drawn["here"] == drawn["there"]
 
 
-@pytest.mark.parametrize("name", sorted(members("genkit.training.objectives", Objective)))
+# Two train something beside the network, and refuse it (test_build.py).
+@pytest.mark.parametrize(
+    "name", sorted(members("genkit.training.objectives", Objective).keys() - {"readout", "zoodip"})
+)
 def test_every_method_trains_one(name, toys, teacher, tmp_path):
     """Two steps move the selected weights and no others, and what is exported can be read."""
     case = READY[name][0]
@@ -141,8 +144,8 @@ def test_every_method_trains_one(name, toys, teacher, tmp_path):
     toys.run(trainer)
     assert all(line["loss"] == line["loss"] for line in logs.read(tmp_path / "run" / logs.FILE) if "loss" in line)
     anew = "network" in settings["model"]  # no gradient passes a head of zeros, which is left out
-    assert (role.sparse is None) == (role.module is not trainer.objective.student.module)
-    assert role.sparse is None or anew or any(sara.delta.any() for sara in layers.values())
+    assert role.sparse is not None and role.module is trainer.objective.student.module
+    assert anew or any(sara.delta.any() for sara in layers.values())
     for path, module in trainer.objective.student.module.named_modules():
         if parametrize.is_parametrized(module, "weight"):
             sara, key = module.parametrizations["weight"][0], f"{path}.parametrizations.weight.original"
