@@ -127,7 +127,8 @@ def sample(
         str | None, typer.Option(help="Scheduler by name, with settings: pndm, DDIMScheduler:clip_sample=False.")
     ] = None,
     adapter: Annotated[
-        list[str] | None, typer.Option(help="A LoRA or SaRA: FOLDER, or FOLDER=0.7; several add up. A learned word: FOLDER.")
+        list[str] | None,
+        typer.Option(help="A LoRA or SaRA, FOLDER or FOLDER=0.7, which add up; a learned word, FOLDER."),
     ] = None,
     arguments: Annotated[
         str, typer.Option("--set", help="Others of the pipeline's call: height=512,negative_prompt='blurry'.")
@@ -521,7 +522,8 @@ def sweep(
         str | None, typer.Option(help="What MMHM is made of, as in eval mmhm; the published four by default.")
     ] = None,
     adapter: Annotated[
-        list[str] | None, typer.Option(help="A LoRA or SaRA: FOLDER, or FOLDER=0.7; several add up. A learned word: FOLDER.")
+        list[str] | None,
+        typer.Option(help="A LoRA or SaRA, FOLDER or FOLDER=0.7, which add up; a learned word, FOLDER."),
     ] = None,
     arguments: Annotated[
         str, typer.Option("--set", help="Others of the pipeline's call: height=512,negative_prompt='blurry'.")

@@ -26,6 +26,8 @@ BATCHED = "fused attention has no torch.vmap.* take eager attention by eager=Tru
 
 @pytest.fixture(params=["eager", "fused"])
 def way(request, monkeypatch):
+    if request.param == "fused":
+        pytest.importorskip("triton")
     monkeypatch.setattr(autograd, "_triton", lambda: closed_form)
     with kernels.choose("off" if request.param == "eager" else "on"):
         yield request.param
@@ -33,6 +35,7 @@ def way(request, monkeypatch):
 
 @pytest.fixture
 def fused(monkeypatch):
+    pytest.importorskip("triton")
     monkeypatch.setattr(autograd, "_triton", lambda: closed_form)
     with kernels.choose("on"):
         yield
