@@ -107,23 +107,22 @@ class Sara(nn.Module):
         return _Selected.apply(self.delta, weight, self.index, self.active)
 
     def _copy(self, weight: Tensor, entries: Tensor) -> Tensor:
-        flat = weight.detach().reshape(-1).index_put((self.index,), entries.to(weight.dtype))
-        return flat.view(weight.shape)
+        view, places = at(weight.detach(), self.index)
+        return view.index_put(places, entries.to(weight.dtype)).view(weight.shape)
 
     @torch.no_grad()
     def write(self, weight: Tensor) -> None:
         """Put the selected entries into the storage of ``weight``."""
         # Past autograd's count of changes: within a loss the same values are written again at every call.
-        _flat(weight.data)[self.index] = self.values.to(weight.dtype)
+        view, places = at(weight.data, self.index)
+        view[places] = self.values.to(weight.dtype)
 
 
-def _flat(weight: Tensor) -> Tensor:
-    if not weight.is_contiguous():
-        raise ValueError(
-            f"a weight of shape {tuple(weight.shape)} has strides {weight.stride()}: under SaRA weights must be "
-            "contiguous; set no memory_format=channels_last"
-        )
-    return weight.view(-1)
+def at(weight: Tensor, index: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """A view of ``weight``, and where in it the places ``index`` of the flattened one are, however it is laid out."""
+    if weight.is_contiguous():
+        return weight.view(-1), (index,)
+    return weight, torch.unravel_index(index.long(), weight.shape)  # such as channels_last
 
 
 def hashes(weight: Tensor) -> dict[str, str]:
@@ -182,7 +181,6 @@ def add_sara(
     network.requires_grad_(False)
     made: dict[int, Sara] = {}
     for weight in kept:
-        weight.data = weight.data.contiguous()
         (index,) = (weight.detach().reshape(-1).float().abs() < limit).nonzero(as_tuple=True)
         if len(index):
             narrow = torch.int32 if weight.numel() < 2**31 else torch.int64
@@ -277,7 +275,8 @@ def _take_off(network: nn.Module, merged: bool) -> None:
         if merged:
             sara.write(weight)
         else:
-            _flat(weight.data)[sara.index] = sara.base.to(weight.dtype)
+            view, places = at(weight.data, sara.index)
+            view[places] = sara.base.to(weight.dtype)
         # Not by torch's remove_parametrizations: it changes the module's class, which copies of the network share.
         del module.parametrizations
         module.__class__ = type(module).__bases__[0]

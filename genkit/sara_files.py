@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from genkit._files import read_tensors, save_tensors
-from genkit.sara import _flat, fingerprint, plain, sara_layers
+from genkit.sara import at, fingerprint, plain, sara_layers
 
 SARA_NAME = "sara_weights.safetensors"
-_FORMAT = "genkit.sara/1"
+_METADATA, _FORMAT = "sara", "genkit.sara/1"
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,8 @@ class SparseAdapter:
         tensors = {}
         for name, (index, delta) in self.changes.items():
             tensors[f"{self.network}.{name}.index"], tensors[f"{self.network}.{name}.delta"] = index.cpu(), delta.cpu()
-        save_tensors(folder / SARA_NAME, tensors, {"format": _FORMAT, "base": json.dumps(self.base)})
+        # Under one key: safetensors writes several in an order that differs from process to process.
+        save_tensors(folder / SARA_NAME, tensors, {_METADATA: json.dumps({"format": _FORMAT, "base": self.base})})
         return folder
 
     @classmethod
@@ -66,9 +67,10 @@ class SparseAdapter:
             ValueError: it is truncated, of another format, or its parts contradict each other.
         """
         tensors, header = read_tensors(file)
-        if header.get("format") != _FORMAT:
-            raise ValueError(f"{file}: format is {header.get('format')!r}, wanted {_FORMAT!r}")
-        base = json.loads(header.get("base", "{}"))
+        told = json.loads(header.get(_METADATA, "{}"))
+        if told.get("format") != _FORMAT:
+            raise ValueError(f"{file}: format is {told.get('format')!r}, wanted {_FORMAT!r}")
+        base = told["base"]
         networks = {key.partition(".")[0] for key in tensors}
         if len(networks) != 1:
             raise ValueError(f"{file}: changes of {sorted(networks) or 'nothing'}, wanted those of one network")
@@ -94,24 +96,33 @@ def mixed(adapters: Sequence[tuple[SparseAdapter, float]]) -> tuple[SparseAdapte
     There their changes add up, as those of LoRAs do; a sum of one with weight 1 is that one, to the bit.
 
     Raises:
-        ValueError: adapters of different base models.
+        ValueError: none, or adapters of different networks or base models.
     """
+    if not adapters:
+        raise ValueError("adapters=[]: at least one is needed")
+    first = adapters[0][0]
+    for other, _ in adapters[1:]:
+        if other.network != first.network:
+            raise ValueError(
+                f"the adapters are of different networks, {first.network} and {other.network}; those of one can be "
+                "mixed"
+            )
     changes: dict[str, tuple[Tensor, Tensor]] = {}
     base: dict[str, Mapping[str, Any]] = {}
     shared = 0
     for name in dict.fromkeys(name for adapter, _ in adapters for name in adapter.changes):
         parts = [(a.changes[name], weight) for a, weight in adapters if name in a.changes]
-        bases = [(a.network, a.base[name]["shape"], a.base[name]["sha256"]) for a, _ in adapters if name in a.changes]
+        bases = [(a.base[name]["shape"], a.base[name]["sha256"]) for a, _ in adapters if name in a.changes]
         if any(other != bases[0] for other in bases):
             raise ValueError(f"{name}: the adapters are of different base models; those of one can be mixed")
         every = torch.cat([index for (index, _), _ in parts])
-        places, where = every.unique(return_inverse=True)
-        shared += len(every) - len(places)
+        places, where, counts = every.unique(return_inverse=True, return_counts=True)
+        shared += int((counts > 1).sum())
         scaled = torch.cat([weight * delta.double() for (_, delta), weight in parts])
         total = torch.zeros(len(places), dtype=torch.float64).index_add_(0, where, scaled)
         changes[name] = places, total.to(parts[0][0][1].dtype)
         base[name] = next(a.base[name] for a, _ in adapters if name in a.changes)
-    return SparseAdapter(adapters[0][0].network, changes, base), shared
+    return SparseAdapter(first.network, changes, base), shared
 
 
 class Applied:
@@ -132,17 +143,18 @@ class Applied:
         total, self.shared = mixed(adapters)
         self.before: dict[str, tuple[Tensor, Tensor]] = {}
         for name, (index, delta) in total.changes.items():
-            flat = _flat(self.weights[name].data)
-            index = index.to(flat.device)
-            self.before[name] = index, flat[index]
-            flat[index] = (flat[index].to(delta.dtype) + delta.to(flat.device)).to(flat.dtype)
+            weight = self.weights[name].data
+            view, places = at(weight, index.to(weight.device))
+            self.before[name] = index, view[places]
+            view[places] = (view[places].to(delta.dtype) + delta.to(weight.device)).to(weight.dtype)
 
     @torch.no_grad()
     def undo(self) -> None:
         """Put back what was there before, to the bit."""
         for name, (index, values) in self.before.items():
-            flat = _flat(self.weights[name].data)
-            flat[index.to(flat.device)] = values.to(flat)
+            weight = self.weights[name].data
+            view, places = at(weight, index.to(weight.device))
+            view[places] = values.to(weight)
 
 
 def load_sara(network: nn.Module, path: str | Path, scale: float = 1.0) -> Applied:
@@ -181,8 +193,15 @@ def _check(network: nn.Module, weights: Mapping[str, Tensor], adapter: SparseAda
         dtype = str(weight.dtype).removeprefix("torch.")
         known = told["sha256"].get(dtype, told["sha256"]["float32"])
         found = fingerprint(weight if dtype in told["sha256"] else weight.float())
-        if found != known:
-            raise ValueError(
-                f"the SaRA is of another base model: {name} has the hash {found} in {dtype}, wanted {known}; load the "
-                "weights that it was trained on, and other SaRAs together with it"
-            )
+        if found == known:
+            continue
+        for half in (torch.bfloat16, torch.float16):
+            if fingerprint(weight.to(half).float()) == told["sha256"]["float32"]:
+                raise ValueError(
+                    f"the SaRA is of this base model in {half}, and {name} is in {dtype}; load the model with "
+                    f"dtype={half}"
+                )
+        raise ValueError(
+            f"the SaRA is of another base model: {name} has the hash {found} in {dtype}, wanted {known}; load the "
+            "weights that it was trained on, and other SaRAs together with it"
+        )

@@ -399,8 +399,34 @@ def test_refusals():
     add_sara(network, threshold=2e-2)
     with pytest.raises(ValueError, match=r"Sequential has a SaRA already; remove_sara\(network\)"):
         add_sara(network, threshold=2e-2)
-    convolution = nn.Conv2d(4, 8, 3)
-    add_sara(convolution, threshold=2e-2)
-    convolution.to(memory_format=torch.channels_last)
-    with pytest.raises(ValueError, match="must be contiguous; set no memory_format=channels_last"):
-        convolution(torch.randn(1, 4, 8, 8))
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_weights_may_be_channels_last(when):
+    """The places are those of the flattened weight, whatever its layout is."""
+    networks, x = [], torch.randn(2, 4, 8, 8, dtype=torch.float64)
+    for last in (False, True):
+        torch.manual_seed(0)
+        network = nn.Conv2d(4, 8, 3, dtype=torch.float64)
+        if last and when == "before":
+            network.to(memory_format=torch.channels_last)
+        add_sara(network, threshold=5e-2)
+        if last and when == "after":
+            network.to(memory_format=torch.channels_last)
+        base = network(x)
+        train(network, x)
+        with switched_off(network):
+            assert torch.equal(network(x), base)
+        assert not torch.equal(network(x), base)
+        assert network.weight.is_contiguous() != last
+        networks.append(network)
+    plain, last = networks
+    torch.testing.assert_close(last.weight, plain.weight, rtol=0, atol=1e-9)
+    (a,), (b,) = (list(sara_layers(n).values()) for n in networks)
+    assert torch.equal(a.index, b.index) and a.hashes == b.hashes
+    merged = last.weight.detach().clone()
+    merge_sara(last)
+    assert torch.equal(last.weight, merged) and not last.weight.is_contiguous()
+    remove_sara(plain)
+    torch.manual_seed(0)
+    assert torch.equal(plain.weight, nn.Conv2d(4, 8, 3, dtype=torch.float64).weight)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -52,7 +53,7 @@ def test_saved_loaded_and_merged_is_the_live_model(dtype, tmp_path):
     assert torch.equal(other(x), before)
     with safe_open(folder / SARA_NAME, "pt") as file:
         assert set(file.keys()) == {f"transformer.{i}.weight.{k}" for i in (0, 2) for k in ("index", "delta")}
-        base = json.loads(file.metadata()["base"])
+        base = json.loads(file.metadata()["sara"])["base"]
     assert base["0.weight"]["shape"] == [48, 32] and len(base["0.weight"]["sha256"]["float32"]) == 16
 
 
@@ -90,17 +91,17 @@ def test_mixtures_add_up_where_they_meet(tmp_path):
     load_sara(got, output)
     start = mlp().state_dict()
     expected = {k: v.double() for k, v in start.items()}
-    places = []
     for name, scale in scales.items():
         state = fused(parts[name]).state_dict()
         for key in state:
             expected[key] = expected[key] + 0.3 * scale * (state[key].double() - start[key].double())
-        places.append(sum(len(s.index) for s in sara_layers(parts[name]).values()))
     for key, value in got.state_dict().items():
         torch.testing.assert_close(value.double(), expected[key], rtol=0, atol=1e-7)
     record = json.loads((output / "mix.json").read_text())
-    # All that the narrow one changes, and what the first one does, the wide one changes as well.
-    assert record["shared"] == places[1] + places[2] and record["scale"] == 0.3
+    # All that the narrow one and the first one change the wide one changes as well; the first layer's is in all three.
+    narrow, first = (sara_layers(parts[name]) for name in ("narrow", "first"))
+    places = len(first["0.weight"].index) + len(narrow["2.weight"].index)
+    assert record["shared"] == places and record["scale"] == 0.3
     one = SparseAdapter.read(folders["wide"] / SARA_NAME)
     (same, shared) = mixed([(one, 1.0)])
     assert shared == 0
@@ -114,6 +115,63 @@ def test_mixtures_add_up_where_they_meet(tmp_path):
     Applied(other, [(SparseAdapter.read(folders[n] / SARA_NAME), 0.3 * scales[n]) for n in reversed(scales)])
     for key, value in other.state_dict().items():
         torch.testing.assert_close(value, got.state_dict()[key], rtol=0, atol=1e-7)
+
+
+def test_what_a_base_in_half_precision_is_refused_on(tmp_path):
+    """Trained in half precision: the digits that the whole base has beside are not in the hashes."""
+    for half in (torch.bfloat16, torch.float16):
+        folder = SparseAdapter.of(tuned(dtype=half)).save(tmp_path / str(half))
+        with pytest.raises(
+            ValueError, match=f"SaRA is of this base model in {half}, .* load the model with dtype={half}"
+        ):
+            load_sara(mlp(), folder)
+        load_sara(mlp(dtype=half), folder)
+        with pytest.raises(ValueError, match="of another base model"):
+            load_sara(mlp(seed=1), folder)
+
+
+def test_onto_weights_of_any_layout(tmp_path):
+    def network():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(8, 8), nn.Conv2d(8, 8, 3))
+
+    live = network()
+    with torch.no_grad():
+        for sara in add_sara(live, threshold=0.05).values():
+            sara.delta += 0.5
+    folder = SparseAdapter.of(live).save(tmp_path / "a")
+    last = network().to(memory_format=torch.channels_last)
+    start = copy.deepcopy(last.state_dict())
+    applied = load_sara(last, folder)
+    assert not last[1].weight.is_contiguous() and torch.equal(last[1].weight, live[1].weight)
+    assert torch.equal(last[0].weight, live[0].weight)
+    applied.undo()
+    assert all(torch.equal(v, start[k]) for k, v in last.state_dict().items())
+
+
+def test_a_mixture_is_of_one_network_and_counts_places_once(tmp_path):
+    one = SparseAdapter.of(tuned())
+    places = sum(len(index) for index, _ in one.changes.values())
+    assert mixed([(one, 1.0), (one, 1.0), (one, 1.0)])[1] == places
+    # Of another network in layers of other names, so that no base says it.
+    other = replace(one, network="unet", changes={"a": one.changes["0.weight"]}, base={"a": one.base["0.weight"]})
+    with pytest.raises(ValueError, match="of different networks, transformer and unet"):
+        mixed([(one, 1.0), (one, 1.0), (other, 1.0)])
+    folders = [adapter.save(tmp_path / adapter.network) for adapter in (one, other)]
+    with pytest.raises(ValueError, match="of different networks"):
+        mix_adapters([(folder, 1.0) for folder in folders], tmp_path / "mix")
+    assert not (tmp_path / "mix").exists()
+    with pytest.raises(ValueError, match=r"adapters=\[\]: at least one is needed"):
+        mixed([])
+
+
+def test_the_same_changes_are_the_same_bytes(tmp_path):
+    """In every process, though safetensors orders its metadata anew in each."""
+    expected = SparseAdapter.of(tuned()).save(tmp_path / "a") / SARA_NAME
+    with safe_open(expected, "pt") as file:
+        assert list(file.metadata()) == ["sara"]
+    again = SparseAdapter.read(expected).save(tmp_path / "b") / SARA_NAME
+    assert again.read_bytes() == expected.read_bytes()
 
 
 def test_onto_a_network_in_peft(tmp_path):
@@ -159,7 +217,7 @@ def test_refusals(tmp_path):
 
     def changed(name, change, **more):
         with safe_open(folder / SARA_NAME, "pt") as file:
-            header = file.metadata() | more
+            header = dict(sara=json.dumps(json.loads(file.metadata()["sara"]) | more))
         tensors = load_file(folder / SARA_NAME)
         change(tensors)
         (tmp_path / name).mkdir()
