@@ -1,0 +1,39 @@
+"""The scripts for a GPU, each by itself where there is none: on tiny inputs."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.slow
+def test_everything_in_one_table(tmp_path):
+    file = tmp_path / "rows.json"
+    command = [sys.executable, str(ROOT / "benchmarks/gpu/run.py"), "--device", "cpu", "--output", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=900)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    rows = json.loads(file.read_text())["rows"]
+    named = " ".join(row["what"] for row in rows)
+    for what in (
+        "training LSD",
+        "error of the tangent",
+        "backward of both",
+        "mean_flow: step",
+        "nearest of",
+        "loop over fused",
+    ):
+        assert what in named, named
+    assert not [row for row in rows if row["holds"] is False] and all(row["value"] == row["value"] for row in rows)
+
+
+def test_without_a_gpu_they_say_so(tmp_path):
+    command = [sys.executable, str(ROOT / "benchmarks/gpu/attention.py"), "--device", "cuda"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    import torch
+
+    if not torch.cuda.is_available():
+        assert done.returncode == 2 and "no CUDA device here; --device cpu runs" in done.stderr
