@@ -1,22 +1,24 @@
 """A new word of a pipeline's text encoders, or the meaning of a class label: vectors, and nothing else changes."""
 
+import copy
 import json
-import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from genkit.denoisers.base import Denoiser
+from genkit.denoisers.network import unwrap
 
-logger = logging.getLogger("genkit")
-
-FILES = ("learned_embeds.safetensors", "learned_embeds_2.safetensors", "learned_embeds_3.safetensors")
+WORD_FILES = ("learned_embeds.safetensors", "learned_embeds_2.safetensors", "learned_embeds_3.safetensors")
+CLASS_FILE = "learned_class.safetensors"  # by the names of the tables, of which a network has any number
+FILES = (*WORD_FILES, CLASS_FILE)
 ABOUT = "textual_inversion.json"  # which token, of which tables
 
 
@@ -30,13 +32,13 @@ class Embedding(nn.Module):
     def __init__(self, token: str, rows: Sequence["Row"]):
         super().__init__()
         self.token, self.rows = token, list(rows)
-        self.values = nn.ParameterList([row.start.clone() for row in rows])
+        self.values = nn.ParameterList([row.value.clone() for row in rows])
         for row, value in zip(self.rows, self.values, strict=True):
             row.value = value
 
     @property
     def flat(self) -> Tensor:
-        return torch.cat([v for v in self.values])
+        return torch.cat(list(self.values))
 
     @contextmanager
     def at(self, flat: Tensor) -> Iterator[None]:
@@ -51,66 +53,99 @@ class Embedding(nn.Module):
                 row.value = value
 
     def save_pretrained(self, folder: str | Path, **_: Any) -> None:
-        """Write ``{token: (1, d)}``, a file a table, as Diffusers' ``load_textual_inversion`` reads them."""
+        """Write a word as ``{token: (1, d)}``, a file a table, as Diffusers' ``load_textual_inversion`` reads them; a
+        class as ``{name of the table: (1, d)}`` in one file."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        for name, value in zip(FILES, self.values, strict=False):
-            save_file({self.token: value.detach().float().cpu()[None].contiguous()}, folder / name)
-        about = {"token": self.token, "tables": [row.name for row in self.rows]}
+        tables = [row.name for row in self.rows]
+        vectors = [value.detach().float().cpu()[None].contiguous() for value in self.values]
+        kind = "class" if self.rows[0].vocabulary is None else "word"
+        if kind == "class":
+            save_file(dict(zip(tables, vectors, strict=True)), folder / CLASS_FILE)
+        else:
+            for name, vector in zip(WORD_FILES, vectors, strict=False):
+                save_file({self.token: vector}, folder / name)
+        about = {"kind": kind, "token": self.token, "tables": tables}
         (folder / ABOUT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
 
-class Row(nn.Module):
-    """An embedding table of which one row is looked up elsewhere; ``index`` may lie beyond its end."""
+class Table(nn.Embedding):
+    """An embedding table some rows of which are looked up elsewhere; they may lie beyond its end.
 
-    value: Tensor
+    Its state dict is that of an ordinary table with these rows in it, so that whoever saves the network saves them.
+    """
 
-    def __init__(self, name: str, table: nn.Embedding, index: int, start: Tensor):
-        super().__init__()
-        self.name, self.table, self.index = name, table, index
-        self.start = start.detach().float().clone()
-        self.__dict__["value"] = self.start  # not a parameter of the encoder that this stands in
+    rows: list["Row"]
 
-    def __setattr__(self, key: str, value: Any) -> None:
-        if key == "value":
-            self.__dict__[key] = value
-        else:
-            super().__setattr__(key, value)
-
-    @property
-    def weight(self) -> Tensor:
-        return self.table.weight
-
-    @property
-    def num_embeddings(self) -> int:
-        return self.table.num_embeddings
-
-    @property
-    def embedding_dim(self) -> int:
-        return self.table.embedding_dim
+    def __init__(self, table: nn.Embedding):
+        super().__init__(table.num_embeddings, table.embedding_dim, _weight=table.weight)
+        self.weight = table.weight
+        self.__dict__["ordinary"] = table  # of the same weight, so no part of this module
+        self.rows = []
 
     def forward(self, ids: Tensor) -> Tensor:
-        chosen = ids == self.index
-        found = F.embedding(ids.masked_fill(chosen, 0), self.table.weight)
-        return torch.where(chosen[..., None], self.value.to(found), found)
+        found = F.embedding(ids.masked_fill(ids >= len(self.weight), 0), self.weight)
+        for row in self.rows:
+            found = torch.where((ids == row.index)[..., None], row.value.to(found), found)
+        return found
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        weight = self.weight.detach()
+        whole = weight.new_zeros(max(len(weight), *(row.index + 1 for row in self.rows)), weight.shape[1])
+        whole[: len(weight)] = weight
+        for row in self.rows:
+            whole[row.index] = row.value.detach().to(whole)
+        destination[prefix + "weight"] = whole
+
+
+class Vocabulary:
+    """What a text encoder knew before a word was added."""
+
+    def __init__(self, tokenizer: Any, encoder: Any):
+        self.tokenizer, self.config = tokenizer, encoder.config.get_text_config()
+        self.known, self.size = copy.deepcopy(tokenizer).__dict__, self.config.vocab_size
+
+    def add(self, token: str) -> int:
+        """The number of ``token``, which is known from now on."""
+        self.tokenizer.add_tokens(token)
+        index = self.tokenizer.convert_tokens_to_ids(token)
+        self.config.vocab_size = max(self.size, index + 1)  # what is saved is read by that
+        self.length = len(self.tokenizer)
+        return index
+
+    def undo(self) -> None:
+        # In place, since pipelines share tokenizers; no tokenizer can take a word out of itself.
+        self.tokenizer.__dict__ = self.known
+        self.config.vocab_size = self.size
+
+
+class Row:
+    """Row ``index`` of ``table``, which starts as row ``start`` of it."""
+
+    def __init__(self, name: str, table: Table, index: int, start: int, vocabulary: Vocabulary | None = None):
+        self.name, self.table, self.index, self.vocabulary = name, table, index, vocabulary
+        with torch.no_grad():
+            self.value = table(torch.tensor(start, device=table.weight.device)).float().clone()
+        table.rows.append(self)
 
 
 def insert(pipe: Any, student: Denoiser, *, token: str, initializer: str | None = None) -> Embedding:
     """Make ``token`` known to the pipeline, with vectors that start as those of ``initializer``.
 
     With text encoders ``token`` is a new word, and ``initializer`` one that each of them has as a single token. Without
-    any, ``token`` is the number of a class, whose own vector is the start.
+    any, ``token`` is the number of a class, whose own vector is the start, in each table that the network has of them.
+    A pipeline that is saved has it like any other. :func:`remove` takes it away.
 
     Raises:
         ValueError: a token that exists already, an initializer that is no single token, a label out of range, a
-            pipeline that has neither text encoders nor classes.
+            pipeline that has neither text encoders nor classes, tables that are no ``nn.Embedding``.
     """
     encoders = text_encoders(pipe)
     if not encoders:
         return _insert_label(student, token, initializer)
     if initializer is None:
         raise ValueError("initializer=None: name a word that each of the text encoders has as a single token, as 'toy'")
-    rows = []
+    found = []
     for name, (tokenizer, encoder) in encoders.items():
         known = tokenizer.get_vocab()
         if token in known:
@@ -120,14 +155,64 @@ def insert(pipe: Any, student: Denoiser, *, token: str, initializer: str | None 
         ids = tokenizer(initializer, add_special_tokens=False)["input_ids"]
         if len(ids) != 1:
             raise ValueError(f"initializer={initializer!r} is {len(ids)} tokens of {name}; choose a word that is one")
-        table = encoder.get_input_embeddings()
-        rows.append((name, tokenizer, encoder, table, table.weight[ids[0]]))
-    made = []
-    for name, tokenizer, encoder, table, start in rows:  # all is known to be right before anything changes
-        tokenizer.add_tokens(token)
-        made.append(Row(name, table, tokenizer.convert_tokens_to_ids(token), start))
-        encoder.set_input_embeddings(made[-1])
-    return Embedding(token, made)
+        _check_table(name, encoder.get_input_embeddings())
+        found.append((name, tokenizer, encoder, ids[0]))
+    rows = []
+    for name, tokenizer, encoder, start in found:  # all is known to be right before anything changes
+        vocabulary = Vocabulary(tokenizer, encoder)
+        table = _table(encoder, encoder.get_input_embeddings())
+        encoder.set_input_embeddings(table)  # also where the encoder has it a second time, as T5
+        rows.append(Row(name, table, vocabulary.add(token), start, vocabulary))
+    return Embedding(token, rows)
+
+
+def remove(pipe: Any, embedding: Embedding) -> None:
+    """Undo :func:`insert`: tables and tokenizers of the pipeline are what they were.
+
+    Raises:
+        ValueError: it is not in the pipeline, or not what was added last to a tokenizer.
+    """
+    parts = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
+    there = {module for part in parts for module in part.modules()}
+    for row in embedding.rows:
+        if row not in row.table.rows or row.table not in there:
+            raise ValueError(f"token={embedding.token!r} is not in the {row.name} of this pipeline")
+        words = row.vocabulary
+        if words is not None and (row.table.rows[-1] is not row or len(words.tokenizer) != words.length):
+            raise ValueError(
+                f"token={embedding.token!r} is not the last word of {row.name}'s tokenizer; remove later ones first"
+            )
+    for row in embedding.rows:
+        row.table.rows.remove(row)
+        if row.vocabulary is not None:
+            row.vocabulary.undo()
+        if not row.table.rows:
+            ordinary = row.table.__dict__["ordinary"]
+            ordinary.weight = row.table.weight
+            for part in parts:
+                _swap(part, row.table, ordinary)
+
+
+def _check_table(name: str, table: nn.Module) -> None:
+    if type(table) not in (nn.Embedding, Table):
+        raise ValueError(f"the table of {name} is a {type(table).__name__}; accepted is an nn.Embedding")
+
+
+def _table(network: nn.Module, table: nn.Module) -> Table:
+    """``table`` of ``network`` as one whose rows can be looked up elsewhere, in its place."""
+    if isinstance(table, Table):
+        return table
+    assert isinstance(table, nn.Embedding)
+    made = Table(table)
+    _swap(network, table, made)
+    return made
+
+
+def _swap(network: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    for module in list(network.modules()):
+        for key, child in module._modules.items():
+            if child is old:
+                setattr(module, key, new)
 
 
 def text_encoders(pipe: Any) -> dict[str, tuple[Any, Any]]:
@@ -141,70 +226,119 @@ def text_encoders(pipe: Any) -> dict[str, tuple[Any, Any]]:
 
 
 def _insert_label(student: Denoiser, token: str, initializer: str | None) -> Embedding:
-    parent, key, table = _label_table(student.module)
-    classes = table.num_embeddings - 1  # the last row is of no class
+    network = unwrap(student.module)
+    tables = _label_tables(network)
     if initializer is not None:
         raise ValueError(f"initializer={initializer!r}: a class starts from its own vector; leave it out")
+    label = _label(token, tables)
+    made = {name: _table(network, table) for name, table in tables.items()}
+    if any(row.index == label for table in made.values() for row in table.rows):
+        raise ValueError(f"token={token!r}: that class is learned already; remove its embedding first")
+    return Embedding(token, [Row(name, table, label, label) for name, table in made.items()])
+
+
+def _label_tables(network: nn.Module) -> dict[str, nn.Embedding]:
+    """All by their names: some networks embed the class anew in every block."""
+    keys = ("class_embed", "embedding_table", "class_embedding")
+    tables = {
+        name: module
+        for name, module in network.named_modules()
+        if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in keys
+    }
+    if not tables:
+        raise ValueError(f"{type(network).__name__} has neither text encoders nor an embedding of classes")
+    for name, table in tables.items():
+        _check_table(name, table)
+    return tables
+
+
+def _label(token: str, tables: dict[str, nn.Embedding]) -> int:
+    classes = min(table.num_embeddings for table in tables.values()) - 1  # the last row is of no class
     if not token.isdecimal() or int(token) >= classes:
         raise ValueError(f"token={token!r}: the network has classes; accepted are 0 to {classes - 1}")
-    row = Row("class_embed", table, int(token), table.weight[int(token)])
-    setattr(parent, key, row)
-    return Embedding(token, [row])
-
-
-def _label_table(network: nn.Module) -> tuple[nn.Module, str, nn.Embedding]:
-    for name, module in network.named_modules():
-        key = name.rpartition(".")[2]
-        if isinstance(module, nn.Embedding) and key in ("class_embed", "embedding_table", "class_embedding"):
-            return network.get_submodule(name.rpartition(".")[0]), key, module
-    raise ValueError(f"{type(network).__name__} has neither text encoders nor an embedding of classes")
+    return int(token)
 
 
 def load(pipe: Any, folder: str | Path) -> str:
     """Give a pipeline the token in ``folder``, which :class:`Embedding` wrote; returns the token.
 
-    A word goes through Diffusers' own ``load_textual_inversion``; a class gets its new vector.
+    A word goes through Diffusers' own ``load_textual_inversion``; a class gets its new vectors.
 
     Raises:
-        ValueError: no such files; a token that exists already; files for other encoders than the pipeline has.
+        ValueError: no such files, or others; a token that exists already; a label out of range; files for other
+            encoders or tables than the pipeline has.
     """
     folder = Path(folder)
+    kind, token, vectors = _read(folder)
+    load_kind = _load_class if kind == "class" else _load_word
+    load_kind(pipe, folder, token, vectors)
+    return token
+
+
+def _read(folder: Path) -> tuple[str, str, dict[str, Tensor]]:
+    """``word`` or ``class``, the token, and its vectors by the names of their tables."""
     about_file = folder / ABOUT
     if not about_file.is_file():
         raise ValueError(f"{folder} holds no {ABOUT}; expected what a run of textual inversion wrote")
-    about = json.loads(about_file.read_text(encoding="utf-8"))
-    token, encoders = about["token"], text_encoders(pipe)
-    vectors = [load_file(folder / name)[token][0] for name, _ in zip(FILES, about["tables"], strict=False)]
-    if about["tables"] == ["class_embed"]:
-        network = next(v for k, v in pipe.components.items() if k in ("transformer", "unet"))
-        _, _, table = _label_table(network)
-        if len(vectors[0]) != table.embedding_dim:
+    try:
+        about = json.loads(about_file.read_text(encoding="utf-8"))
+        kind, token, tables = str(about["kind"]), str(about["token"]), list(about["tables"])
+        if kind == "class":
+            found = load_file(folder / CLASS_FILE)
+            vectors = {name: found[name] for name in tables}
+        else:
+            files = dict(zip(tables, WORD_FILES, strict=False))
+            vectors = {name: load_file(folder / file)[token] for name, file in files.items()}
+    except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
+        raise ValueError(f"{folder} is not what a run of textual inversion wrote: {error!r}") from error
+    for name, vector in vectors.items():
+        if vector.ndim != 2 or len(vector) != 1:
+            raise ValueError(f"{folder} has {tuple(vector.shape)} for {name}; accepted is one vector, (1, d)")
+    return kind, token, {name: vector[0] for name, vector in vectors.items()}
+
+
+def _load_class(pipe: Any, folder: Path, token: str, vectors: dict[str, Tensor]) -> None:
+    network = next((pipe.components[k] for k in ("transformer", "unet") if k in pipe.components), None)
+    if network is None:
+        raise ValueError(f"{folder} holds a class; the pipeline has neither a transformer nor a unet")
+    tables = _label_tables(unwrap(network))
+    if list(tables) != list(vectors):
+        raise ValueError(f"{folder} is for {list(vectors)}, the network has {list(tables)}")
+    label = _label(token, tables)
+    for name, table in tables.items():
+        if len(vectors[name]) != table.embedding_dim:
             raise ValueError(
-                f"{folder} has a vector of {len(vectors[0])}, the network's classes have {table.embedding_dim}"
+                f"{folder} has a vector of {len(vectors[name])} for {name}, the network's classes have "
+                f"{table.embedding_dim}"
             )
-        with torch.no_grad():
-            table.weight[int(token)] = vectors[0].to(table.weight)
-        return token
-    if list(encoders) != about["tables"]:
-        raise ValueError(f"{folder} is for {about['tables']}, the pipeline has {list(encoders)}")
-    for (name, (tokenizer, encoder)), vector in zip(encoders.items(), vectors, strict=True):
+        if isinstance(table, Table) and any(row.index == label for row in table.rows):
+            raise ValueError(f"token={token!r}: that class is being learned; load it into a fresh pipeline")
+    with torch.no_grad():
+        for name, table in tables.items():
+            table.weight[label] = vectors[name].to(table.weight)
+
+
+def _load_word(pipe: Any, folder: Path, token: str, vectors: dict[str, Tensor]) -> None:
+    encoders = text_encoders(pipe)
+    if list(encoders) != list(vectors):
+        raise ValueError(f"{folder} is for {list(vectors)}, the pipeline has {list(encoders)}")
+    for name, (tokenizer, encoder) in encoders.items():
         width = encoder.get_input_embeddings().weight.shape[1]
         if token in tokenizer.get_vocab():
             raise ValueError(f"token={token!r} exists already in {name}'s tokenizer; load it into a fresh pipeline")
-        if len(vector) != width:
-            raise ValueError(f"{folder} has a vector of {len(vector)} for {name}, whose tokens have {width}")
-    for (_, (tokenizer, encoder)), vector in zip(encoders.items(), vectors, strict=True):
+        if len(vectors[name]) != width:
+            raise ValueError(f"{folder} has a vector of {len(vectors[name])} for {name}, whose tokens have {width}")
+    for name, (tokenizer, encoder) in encoders.items():
         if hasattr(pipe, "load_textual_inversion"):
-            pipe.load_textual_inversion(vector, token=token, text_encoder=encoder, tokenizer=tokenizer)
+            pipe.load_textual_inversion(vectors[name], token=token, text_encoder=encoder, tokenizer=tokenizer)
         else:
-            _extend(tokenizer, encoder, token, vector)
-    return token
+            _extend(tokenizer, encoder, token, vectors[name])
 
 
 def _extend(tokenizer: Any, encoder: Any, token: str, vector: Tensor) -> None:
     """For pipelines that have no such method, as SD3's."""
     tokenizer.add_tokens(token)
     at = tokenizer.convert_tokens_to_ids(token)
-    encoder.resize_token_embeddings(max(at + 1, encoder.get_input_embeddings().num_embeddings))
+    encoder.resize_token_embeddings(max(at + 1, len(encoder.get_input_embeddings().weight)), mean_resizing=False)
     with torch.no_grad():
         encoder.get_input_embeddings().weight[at] = vector.to(encoder.get_input_embeddings().weight)
