@@ -59,8 +59,76 @@ def test_it_is_saved_and_moved_like_any_module():
         weight.zero_()
     other.load_state_dict(small.state_dict())
     x = torch.randn(2, 4, 8, 8)
-    assert torch.equal(other(x), small(x))
+    torch.testing.assert_close(other(x), small(x))
+    values = [[m.values for m in net.modules() if isinstance(m, int8.Int8Weight)] for net in (small, other)]
+    assert all(torch.equal(a, b) for a, b in zip(*values, strict=True))
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        other.load_state_dict(small.state_dict() | {"1.weight": torch.zeros(10, 7)})
     assert small.double()(x.double()).dtype == torch.float64
+
+
+def test_state_is_that_of_the_ordinary_layers():
+    small, plain = int8.quantize(network()), network()
+    plain.load_state_dict(small.state_dict())
+    x = torch.randn(2, 4, 8, 8)
+    assert torch.equal(plain(x), small(x))
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd3", "dit"])
+def test_a_saved_pipeline_has_the_rounded_weights(name, tiny_pipeline, tmp_path):
+    pipe = tiny_pipeline(name)
+    parts = [k for k, v in pipe.components.items() if isinstance(v, nn.Module)]
+    for part in parts:
+        int8.quantize(pipe.components[part].requires_grad_(False))
+    pipe.save_pretrained(tmp_path)
+    again = type(pipe).from_pretrained(tmp_path)
+    for part in parts:
+        state = pipe.components[part].state_dict()
+        assert all(torch.equal(v, state[k]) for k, v in again.components[part].state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_rounded_by_the_scale_that_it_has(dtype):
+    layer = nn.Linear(200, 300).requires_grad_(False).to(dtype)
+    rounded = int8.Int8Linear(layer)
+    step = rounded.scale.float()
+    off = (rounded.values * step - layer.weight.float()).abs() / step
+    inside = rounded.values.abs() < 127
+    assert off[inside].max() <= 0.5 + 1e-4 and rounded.values.abs().max() == 127 and off.max() < 1
+    tiny = nn.Linear(4, 4).requires_grad_(False).to(dtype)
+    tiny.weight.fill_(torch.finfo(dtype).tiny)  # less than 127 steps
+    assert int8.Int8Linear(tiny).weight.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv2d, nn.Conv3d])
+def test_convolutions_of_any_dimension(kind):
+    n = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}[kind]
+    plain = nn.Sequential(kind(4, 6, 3, padding="same", dilation=2, groups=2)).requires_grad_(False)
+    x = torch.randn(2, 4, *[7] * n)
+    before = plain(x)
+    small = int8.quantize(plain)
+    after = small(x)
+    assert isinstance(small[0], int8.Int8Conv) and 0 < (after - before).abs().max() < 0.02
+    whole = int8.restore(small)
+    assert type(whole[0]) is kind and torch.equal(whole(x), after)
+
+
+def test_a_layer_in_two_places_stays_one():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Linear(4, 4)
+            self.second = self.first
+
+        def forward(self, x):
+            return self.second(self.first(x))
+
+    net = int8.quantize(Twice().requires_grad_(False))
+    assert isinstance(net.first, int8.Int8Linear) and net.first is net.second
+    x = torch.randn(3, 4)
+    before = net(x)
+    whole = int8.restore(net)
+    assert type(whole.first) is nn.Linear and whole.first is whole.second and torch.equal(whole(x), before)
 
 
 @pytest.mark.parametrize("package", ["torchao", "bitsandbytes"])
@@ -80,6 +148,12 @@ def test_bad_input(monkeypatch):
         int8.quantize(network(), "int4")
     with pytest.raises(ValueError, match="0.0.weight trains; freeze it"):
         int8.quantize(network().requires_grad_(True))
+    with pytest.raises(ValueError, match="a bare Linear cannot be replaced in place; put it into a module"):
+        int8.quantize(nn.Linear(3, 3).requires_grad_(False))
+    with pytest.raises(ValueError, match="a bare Int8Linear cannot be replaced in place"):
+        int8.restore(int8.Int8Linear(nn.Linear(3, 3)))
+    with pytest.raises(ValueError, match="padding_mode='circular' of a convolution; int8 takes zeros"):
+        int8.quantize(nn.Sequential(nn.Conv2d(3, 3, 3, padding_mode="circular")).requires_grad_(False))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install torchao, or take quantization='int8'"):
         int8.quantize(network(), "torchao")
