@@ -98,8 +98,10 @@ class Sara(Section):
     ``threshold``: those with ``|w|`` below it, 2e-3 where ``num_params`` is not set either: as many of the smallest
     weights instead. ``target_modules``, ``exclude_modules``: endings of layers' names. ``lambda_rank``: strength of the
     nuclear norm of the selected weights, or by ``rank_target`` of their change, of one layer a step, drawn at random.
-    ``progressive_ratio``: after this share of the steps only those train on that are still below the threshold;
-    ``null``: all of them to the end.
+    It is in units of the loss: the default is the published one, for a mean over a sample's entries; of a method whose
+    loss is the sum of them, as most here, that is ``5e-4`` times their number. Its gradient is added before
+    ``max_grad_norm`` cuts the sum. ``progressive_ratio``: after this share of the steps only those train on that are
+    still below the threshold; ``null``: all of them to the end.
     """
 
     kind: Literal["sara"]
@@ -228,8 +230,8 @@ class TrainConfig(Section):
     ``global_batch_size`` counts all processes and accumulation steps, so that a run does not depend on either.
     ``lr_hold_ratio``: of the steps after the warm-up, how many ``hold_linear`` and ``hold_cosine`` keep the full rate,
     0.3 where unset.
-    ``frozen_dtype``: of weights that never train: text encoders, teacher, and under a LoRA the network itself; what
-    trains, and an autoencoder, stay in float32.
+    ``frozen_dtype``: of weights that never train: text encoders, teacher, and under a LoRA or SaRA the network itself;
+    what trains, and an autoencoder, stay in float32.
     ``resume``: ``latest``, a ``checkpoint-<step>`` folder, or nothing to start anew.
     """
 
@@ -285,6 +287,11 @@ class TrainConfig(Section):
     @classmethod
     def _several(cls, value):
         return [value] if isinstance(value, str) else value
+
+    @field_validator("mixed_precision", mode="before")
+    @classmethod
+    def _of_yaml(cls, value):
+        return "no" if value is False else value  # what YAML takes an unquoted no for
 
     @field_validator("ema", mode="before")
     @classmethod

@@ -40,6 +40,17 @@ def test_overrides(recipe):
     assert config.model.settings["hidden_size"] == 32 and config.model.settings["num_layers"] == 1
 
 
+def test_no_is_a_precision_on_a_command_line_too(recipe):
+    """YAML takes it for false; errors of full_precision advise it."""
+    assert load_config(recipe, ["mixed_precision=bf16"]).mixed_precision == "bf16"
+    recipe.write_text(recipe.read_text() + "mixed_precision: bf16\n")
+    assert load_config(recipe, ["mixed_precision=no"]).mixed_precision == "no"
+    recipe.write_text(recipe.read_text().replace("mixed_precision: bf16", "mixed_precision: no"))
+    assert load_config(recipe).mixed_precision == "no"
+    with pytest.raises(ValueError, match="mixed_precision=True: .*'no', 'fp16' or 'bf16'"):
+        load_config(recipe, ["mixed_precision=true"])
+
+
 def test_a_section_given_as_a_name_replaces_it(recipe):
     config = load_config(recipe, ["objective=flow_map", "objective.loss=esd", "data.name=eight_gaussians"])
     assert config.objective.name == "flow_map" and config.objective_config().loss == "esd"

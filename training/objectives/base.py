@@ -100,7 +100,7 @@ class Objective(nn.Module, ABC):
     drown what is learned from.
     ``needs_condition`` is false where the method brings its own condition and the data need not, ``shards`` where its
     networks cannot lie in shards on several processes (FSDP). ``adapter`` is what trains where a recipe does not say:
-    all weights (``full``), or a ``lora``.
+    all weights (``full``), a ``lora`` or a ``sara``.
     All random draws come from ``rng``, whose row ``j`` belongs to item ``j`` of the micro-batch, so that a loss does
     not depend on how a global batch was cut into micro-batches or spread over processes.
 
@@ -116,7 +116,7 @@ class Objective(nn.Module, ABC):
     needs_condition: ClassVar[bool] = True
     full_precision: ClassVar[bool] = False
     shards: ClassVar[bool] = True
-    adapter: ClassVar[Literal["full", "lora"]] = "full"
+    adapter: ClassVar[Literal["full", "lora", "sara"]] = "full"
     needs_flow_map: ClassVar[bool] = False
     needs_teacher: ClassVar[Literal["never", "optional", "required"]] = "never"
 
@@ -145,6 +145,11 @@ class Objective(nn.Module, ABC):
         Jumps on its path where the student learns to jump, else the same.
         """
         return FlowMapScheduler.from_scheduler(scheduler) if self.needs_flow_map else copy.deepcopy(scheduler)
+
+    def own_condition(self, asked: Prompts | None, rng: ItemRNG) -> Condition | None:
+        """What samples in the course of training are drawn under, one for each row of ``rng``, where that is not what
+        the data says. ``asked``: its texts or labels, if it has any."""
+        return None
 
     def guider(self) -> Guider | None:
         """What samples in the course of training are guided by; nothing by default."""
