@@ -31,13 +31,20 @@ def smallest(
         if everything or not below or len(below) == len(kept):
             break
         kept = [i for i in kept if i not in below]
-    what = f"threshold={limit:g}" if count is None else f"num_params={count} (threshold {limit:g})"
     selected = sum(int((w.detach().float().abs() < limit).sum()) for w in left)
+    if not selected and count is not None:
+        ties = sum(int((w.detach().float().abs() == limit).sum()) for w in left)
+        raise ValueError(
+            f"num_params={count} selects nothing: {ties} entries tie for the smallest, |w| = {limit:g}; accepted are "
+            f"{ties} and more"
+        )
     if not selected:
-        smallest = min((float(w.detach().abs().min()) for w in left), default=0.0)
-        raise ValueError(f"{what} selects nothing: the smallest entry of the weights is {smallest:g}")
+        least = min((float(w.detach().abs().min()) for w in left), default=0.0)
+        raise ValueError(f"threshold={limit:g} selects nothing: the smallest entry of the weights is {least:g}")
     if selected == size:
-        raise ValueError(f"{what} selects everything: the largest entry of the weights is {max(largest):g}")
+        raise ValueError(
+            f"threshold={limit:g} selects everything: the largest entry of the weights is {max(largest):g}"
+        )
     return left, limit
 
 

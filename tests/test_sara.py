@@ -391,6 +391,14 @@ def test_refusals():
             add_sara(mlp(16), num_params=count)
     with pytest.raises(ValueError, match="num_params=1200 selects everything: there are 1152 entries beside"):
         add_sara(Shared(), num_params=1200)
+    ties = mlp(16)
+    with torch.no_grad():
+        ties[0].weight[:3] = 0
+    with pytest.raises(
+        ValueError, match=r"num_params=47 selects nothing: 48 entries tie for the smallest, \|w\| = 0; acc"
+    ):
+        add_sara(ties, num_params=47)
+    assert sum(len(sara.index) for sara in add_sara(ties, num_params=48).values()) == 48
     with pytest.raises(ValueError, match="target_modules='qkv' matches no layer of Sequential; its layers end in 0, 2"):
         add_sara(mlp(16), target_modules=["qkv"])
     with pytest.raises(ValueError, match="exclude_modules='qkv' matches no layer"):
