@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from genkit._files import contiguous, read_tensors, written
+from genkit._files import contiguous, listing, read_tensors, written
 from genkit._flow_map_files import CONFIG_NAME, LORA_METADATA, LORA_NAME, fuse_lora
 from genkit.denoisers.network import unwrap
 from genkit.sara import merge_sara, sara_layers
@@ -138,13 +138,25 @@ def _stacked(parts: list[tuple[_Layer, float]], rank: int) -> tuple[Tensor, Tens
 
 
 def _file(path: Path) -> Path:
+    file = path
     if path.is_dir():
         if (path / CONFIG_NAME).is_file():
             raise ValueError(f"{path} holds a flow map, whose second time a LoRA file cannot hold; it cannot be mixed")
-        path = path / (SARA_NAME if (path / SARA_NAME).is_file() else LORA_NAME)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is no file; wanted a folder with a {LORA_NAME} or {SARA_NAME}, or such a file")
-    return path
+        file = path / (SARA_NAME if (path / SARA_NAME).is_file() else LORA_NAME)
+    if not file.is_file():
+        raise FileNotFoundError(missing(path, [LORA_NAME, SARA_NAME]))
+    return file
+
+
+def missing(path: Path, names: Sequence[str]) -> str:
+    """What to say of a path that is no file, nor a folder with a file of one of these names."""
+    wanted = f"wanted a folder with a {' or '.join(names)}, or such a file"
+    if not path.is_dir():
+        return f"{path} is no file; {wanted}"
+    # The folder of a run has its adapters in folders of their own.
+    below = sorted({str(file.parent) for name in names for file in path.glob(f"*/{name}")})
+    hint = f"; there is one in {', '.join(below)}" if below else ""
+    return f"{path} holds {listing(path)}, no adapter{hint}; {wanted}"
 
 
 def _layers(file: Path) -> dict[str, _Layer]:

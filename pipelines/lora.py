@@ -12,6 +12,7 @@ from diffusers.utils import set_weights_and_activate_adapters
 from genkit import textual_inversion
 from genkit._files import local
 from genkit._flow_map_files import CONFIG_NAME, LORA_NAME, load_lora, unload_lora
+from genkit.adapters import missing
 from genkit.denoisers.network import unwrap
 from genkit.sara_files import SARA_NAME, Applied, SparseAdapter
 
@@ -34,6 +35,8 @@ class LoraLoading:
         """Load a LoRA (:meth:`load_lora_weights`), a SaRA (:meth:`load_sara_weights`), or a word or class that was
         learned (:func:`genkit.textual_inversion.load`), whichever is there.
 
+        :meth:`unload_adapters` takes LoRAs and SaRAs away again.
+
         Raises:
             FileNotFoundError, ValueError: as there; a scale of what has none.
         """
@@ -47,7 +50,14 @@ class LoraLoading:
             return
         found = file if file.is_file() else folder / SARA_NAME
         load = self.load_sara_weights if found.name == SARA_NAME and found.is_file() else self.load_lora_weights
+        if not file.is_file() and not any((folder / name).is_file() for name in (LORA_NAME, SARA_NAME, CONFIG_NAME)):
+            raise FileNotFoundError(missing(folder, [LORA_NAME, SARA_NAME, textual_inversion.ABOUT]))
         load(path, adapter_name, scale)
+
+    def unload_adapters(self) -> None:
+        """Take all LoRAs and SaRAs away; the weights are those of before, bit for bit. Words and classes stay."""
+        self.unload_lora_weights()
+        self.unload_sara_weights()
 
     def load_sara_weights(self, path: str | Path, adapter_name: str = "default", scale: float = 1.0) -> None:
         """Add ``scale delta`` to the weights that a SaRA was trained on; a call of the network costs what it did.
@@ -68,8 +78,7 @@ class LoraLoading:
         """
         if not math.isfinite(scale):
             raise ValueError(f"scale={scale}: accepted is a finite number")
-        if adapter_name in self._saras:
-            raise ValueError(f"adapter_name={adapter_name!r} is taken: the pipeline has {sorted(self._saras)}")
+        _check_free(adapter_name, self._saras)
         file = Path(path)
         if not file.is_file():
             folder = local(path, [SARA_NAME, CONFIG_NAME])
@@ -113,8 +122,7 @@ class LoraLoading:
         network: Any = unwrap(self.network)
         if not math.isfinite(scale):
             raise ValueError(f"scale={scale}: accepted is a finite number")
-        if adapter_name in self._loras:
-            raise ValueError(f"adapter_name={adapter_name!r} is taken: the pipeline has {sorted(self._loras)}")
+        _check_free(adapter_name, self._loras)
         strange = sorted(set(getattr(network, "peft_config", None) or ()) - set(self._loras))
         if strange:
             raise ValueError(f"{type(network).__name__} carries the LoRAs {strange}; fuse or unload them first")
@@ -173,3 +181,11 @@ class LoraLoading:
                     "save after unload_lora_weights(), and share the LoRAs by themselves"
                 )
         super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
+
+
+def _check_free(name: str, taken: Mapping[str, Any]) -> None:
+    if name in taken:
+        raise ValueError(
+            f"adapter_name={name!r} is taken: the pipeline has {sorted(taken)}; give a second one a name of its own, "
+            f"as adapter_name={f'{name}_{len(taken) + 1}'!r}"
+        )

@@ -96,8 +96,8 @@ def test_beside_a_lora_in_either_order(kind, tmp_path):
     for path in (a, other):
         pipe.load_adapter(path)
         assert not torch.allclose(draw(pipe, kind), drawn[0], atol=1e-3)
-        pipe.unload_sara_weights()
-        pipe.unload_lora_weights()
+        pipe.unload_adapters()
+        assert torch.equal(draw(pipe, kind), plain)
 
 
 def test_a_pipeline_is_saved_with_them(tmp_path):
@@ -115,15 +115,22 @@ def test_refusals_change_nothing(tmp_path):
     pipe = make("digits")
     pipe.load_adapter(a)
     drawn = draw(pipe, "digits")
-    with pytest.raises(ValueError, match="adapter_name='default' is taken"):
+    with pytest.raises(ValueError, match="'default' is taken: .*; give a second one .* as adapter_name='default_2'"):
         pipe.load_adapter(a)
     with pytest.raises(ValueError, match="the SaRA is of another network"):
         pipe.load_adapter(foreign, "foreign")
     with pytest.raises(ValueError, match="scale=inf: accepted is a finite number"):
         pipe.load_adapter(a, "more", scale=float("inf"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match="is no file"):
+    with pytest.raises(
+        FileNotFoundError, match="empty holds an empty folder, no adapter; wanted .*lora.* or .*sara.* or"
+    ):
         pipe.load_adapter(tmp_path / "empty", "more")
+    for what in (lambda: pipe.load_adapter(tmp_path, "more"), lambda: mix_adapters([(tmp_path, 1)], tmp_path / "mix")):
+        with pytest.raises(
+            FileNotFoundError, match=f"no adapter; there is one in {tmp_path / 'a'}, {tmp_path / 'b'}; wanted"
+        ):
+            what()
     assert torch.equal(draw(pipe, "digits"), drawn)
     pipe.load_adapter(a, "more", scale=-1)
     pipe.unload_sara_weights()
