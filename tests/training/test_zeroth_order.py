@@ -8,11 +8,14 @@ from genkit.training.parts.zeroth_order import Subspace, estimate
 F64 = torch.float64
 
 
-def estimates(count, *, d=768, n=2, curvature=0.0, step=1e-3, project=None, seed=0):
+def estimates(count, *, d=768, n=2, curvature=0.0, step=1e-3, project=None, signs=False, seed=0):
     """Cosines with the gradient, inner products with it and squared norms of estimates at a gradient of length 1."""
     generator = torch.Generator().manual_seed(seed)
     g = torch.zeros(d, dtype=F64)
-    g[0] = 1
+    if signs:  # of which the square is one along every axis, so not along one
+        g[:] = d**-0.5
+    else:
+        g[0] = 1
 
     def loss(theta):
         return theta @ g + curvature * theta @ theta / 2
@@ -20,6 +23,7 @@ def estimates(count, *, d=768, n=2, curvature=0.0, step=1e-3, project=None, seed
     cosines, products, squares = [], [], []
     for _ in range(count):
         directions = torch.randn(n, d, dtype=F64, generator=generator)
+        directions = directions.sign() if signs else directions
         found, _ = estimate(loss, torch.zeros(d, dtype=F64), directions, step)
         found = found if project is None else project(found)
         products.append(found @ g)
@@ -70,9 +74,26 @@ def test_central_differences_are_exact_on_a_quadratic():
     basis = torch.eye(d, dtype=F64)
     found, value = estimate(lambda x: x @ a @ x, theta, basis, 1e-2, central=True)
     torch.testing.assert_close(found * d, gradient, rtol=1e-10, atol=1e-10)
-    assert value == theta @ a @ theta
+    around = theta @ a @ theta + 1e-4 * a.diagonal().mean()  # the mean of all that was asked
+    torch.testing.assert_close(value, around, rtol=1e-10, atol=1e-10)
     forward, _ = estimate(lambda x: x @ a @ x, theta, basis, 1e-2)
     torch.testing.assert_close(forward * d - gradient, 1e-2 * a.diagonal(), rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("n", [1, 2, 8])
+def test_signs_are_unbiased_and_as_long_as_predicted(n):
+    d, count = 50, 2000
+    _, products, squares = estimates(count, d=d, n=n, signs=True)
+    assert abs(products.mean() - 1) < 4 * products.std() / math.sqrt(count)
+    expected = (d + n - 1) / n
+    assert abs(squares.mean() - expected) < 4 * squares.std() / math.sqrt(count)
+
+
+@pytest.mark.parametrize("central, losses", [(False, 4), (True, 6)])
+def test_number_of_losses(central, losses):
+    seen = []
+    estimate(lambda x: seen.append(1) or x.sum(), torch.zeros(5), torch.randn(3, 5), 1e-3, central=central)
+    assert len(seen) == losses
 
 
 def test_vector_is_not_touched():

@@ -15,10 +15,12 @@ Projection = Literal["retain_top", "drop_tail"]
 def estimate(
     loss: Callable[[Tensor], Tensor], theta: Tensor, directions: Tensor, step: float, *, central: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """``(1/n) sum_i (loss(theta + step e_i) - loss(theta)) / step * e_i``, and ``loss(theta)``.
+    """``(1/n) sum_i (loss(theta + step e_i) - loss(theta)) / step * e_i``, and ``loss(theta)``: ``n + 1`` losses.
 
-    ``E`` of it over standard normal ``e_i`` is the gradient, up to ``O(step)``; its squared norm is ``(d + n + 1) / n``
-    times the gradient's. ``central`` takes ``(loss(theta + step e_i) - loss(theta - step e_i)) / (2 step)`` instead.
+    ``E`` of it is the gradient, up to ``O(step)``, if ``E e_i e_i^T = I``. ``E`` of its squared norm is ``(d + n + 1) /
+    n`` times the gradient's for standard normal ``e_i``, and ``(d + n - 1) / n`` times for random signs (SPSA).
+    ``central`` takes ``(loss(theta + step e_i) - loss(theta - step e_i)) / (2 step)`` instead, of ``2 n`` losses, whose
+    mean stands for ``loss(theta)``, from which it differs by ``O(step^2)``.
 
     Args:
         loss: a scalar of ``theta``; the same noise in every call.
@@ -26,13 +28,14 @@ def estimate(
         directions: ``(n, d)``.
     """
     with torch.no_grad():
-        value = loss(theta)
-        gradient = torch.zeros_like(theta)
+        gradient, losses = torch.zeros_like(theta), []
+        start = None if central else loss(theta)
         for e in directions:
             ahead = loss(theta + step * e)
-            slope = (ahead - loss(theta - step * e)) / (2 * step) if central else (ahead - value) / step
-            gradient += slope.to(theta) * e
-        return gradient / len(directions), value
+            behind = loss(theta - step * e) if start is None else start
+            gradient += ((ahead - behind) / (2 * step if central else step)).to(theta) * e
+            losses += [ahead, behind]
+        return gradient / len(directions), torch.stack(losses).mean() if start is None else start
 
 
 class Subspace(nn.Module):
