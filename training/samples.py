@@ -30,7 +30,8 @@ def draw(run: Run, read: dict[str, Any], rng: ItemRNG, num_inference_steps: int,
         rng: of one row a sample, on the device of the network.
     """
     device = rng.items.device
-    condition = run.inputs.condition(read, device)
+    own = run.objective.own_condition(run.inputs.asked(read), rng)
+    condition = run.inputs.condition(read, device) if own is None else own
     if isinstance(run.student, Student):
         return run.student.draw(rng, condition, num_inference_steps if run.student.takes_steps else None)
     scheduler = run.objective.scheduler(run.pipe.scheduler)

@@ -6,12 +6,14 @@ from genkit import int8, textual_inversion
 from genkit.denoisers import from_pipeline
 from genkit.interpolants import Linear
 from genkit.rng import ItemRNG
+from genkit.testing import tiny
 from genkit.training import logs
 from genkit.training.build import build
 from genkit.training.config import TrainConfig
 from genkit.training.export import export
 from genkit.training.objectives.base import Batch, Condition, Phase
 from genkit.training.objectives.zoodip import ZOODiP, ZOODiPConfig
+from genkit.training.samples import draw
 from genkit.training.trainer import Trainer
 
 PHASE = Phase("embedding", trains=("embedding",))
@@ -24,6 +26,26 @@ def objective(pipe, **settings):
 def batch_of(n, shape=(4, 16, 16), prompts=None, step=0):
     x0 = ItemRNG(3, range(n)).normal(shape)
     return Batch(x0, Condition(), torch.arange(n), {"x0": x0}, prompts, step, 10)
+
+
+def test_numbers_of_classes_may_be_numbers():
+    assert ZOODiPConfig(token=4).token == "4"
+    for bad in (True, 1.5, None):
+        with pytest.raises(ValueError, match="token"):
+            ZOODiPConfig(token=bad)
+
+
+def test_signs(tiny_pipeline):
+    """Directions of ones and minus ones, which the estimate adds up: it has two values, for one direction."""
+    settings = dict(token="<it>", initializer="a", templates=["{}"], num_directions=1, subspace=None)
+    found = []
+    for directions in ("signs", "normal"):
+        made = objective(tiny_pipeline("sd15"), directions=directions, **settings)
+        (loss,) = made.losses(PHASE, batch_of(2), ItemRNG(1, range(2)))
+        (gradient,) = torch.autograd.grad(loss.value, list(made.embedding.values))
+        found.append(gradient)
+    assert found[0].abs().max() > 0 and len(found[0].abs().unique()) == 1 and len(found[0].unique()) == 2
+    assert len(found[1].abs().unique()) > 2
 
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3"])
@@ -60,6 +82,61 @@ def test_text_to_image_pipelines_learn_a_token(name, toys, tiny_pipeline, tmp_pa
         moved.append((load_file(file)["<it>"][0] - encoder.get_input_embeddings().weight[word]).abs().max())
     assert all(0 < m < 6 * 5e-3 + 1e-6 for m in moved)
     textual_inversion.load(start, folder)
+
+
+def recipe(tmp_path, objective, **more):
+    settings = dict(
+        output_dir=tmp_path / "run",
+        model=dict(pretrained=str(tmp_path / "base")),
+        objective=dict(name="zoodip", subspace=dict(window=2)) | objective,
+        optimizer=dict(name="Adam", lr=5e-3, eps=1e-3),
+        global_batch_size=2,
+        max_train_steps=4,
+        max_grad_norm=None,
+        ema=None,
+    )
+    return TrainConfig(**settings | more).check()
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+def test_a_class_of_a_network_with_several_tables(quantization, toys, tiny_pipeline, tmp_path):
+    """What is exported makes of a fresh pipeline the one that was trained."""
+    tiny_pipeline("dit").save_pretrained(tmp_path / "base")
+    config = recipe(tmp_path, dict(token="3", quantization=quantization), data=dict(name="synthetic"))
+    trainer = Trainer(build(config), quiet=True)
+    toys.run(trainer)
+    pipe, fresh = trainer.run.pipe, tiny_pipeline("dit")
+    starts = [row.table.weight[3] for row in trainer.objective.embedding.rows]
+    assert len(starts) == 2
+    assert all(not torch.equal(a, b) for a, b in zip(trainer.objective.embedding.values, starts, strict=True))
+    assert textual_inversion.load(fresh, export(trainer)) == "3"
+    if quantization == "int8":
+        for part in (fresh.transformer, fresh.vae):
+            int8.quantize(part.requires_grad_(False))
+    drawn = []
+    for p in (pipe, fresh):
+        p.set_progress_bar_config(disable=True)
+        arguments = tiny.call_arguments("dit") | dict(class_labels=[3], generator=torch.Generator().manual_seed(0))
+        drawn.append(torch.as_tensor(p(**arguments).images))
+    torch.testing.assert_close(drawn[1], drawn[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["sd15", "dit"])
+def test_samples_are_of_the_token_whatever_the_data_says(name, toys, tiny_pipeline, tmp_path):
+    """Pictures without captions, and of no class."""
+    tiny_pipeline(name).save_pretrained(tmp_path / "base")
+    words = dict(token="<it>", initializer="a", templates=["b {}"]) if name == "sd15" else dict(token=3)
+    sampling = dict(every=2, num_samples=2, num_inference_steps=2)
+    data = dict(name="synthetic", shape=(4, 16, 16))
+    trainer = Trainer(build(recipe(tmp_path, words, data=data, sampling=sampling)), quiet=True)
+    assert not trainer.run.source.__getitems__([0]).keys() & {"prompts", "class_labels"}
+    toys.run(trainer)
+    assert sorted(f.name for f in (tmp_path / "run" / "samples").glob("*.png")) == ["step-2.png", "step-4.png"]
+    made, rng = trainer.objective, ItemRNG(0, range(2))
+    drawn = [draw(trainer.run, {}, rng[:], 2, data["shape"])]
+    with made.embedding.at(made.embedding.flat.detach() + 1):
+        drawn.append(draw(trainer.run, {}, rng[:], 2, data["shape"]))
+    assert not torch.equal(*drawn)
 
 
 def test_everything_is_in_eight_bits(tiny_pipeline):
@@ -136,6 +213,12 @@ def test_times_are_uniform_on_the_interval(tiny_pipeline):
     chi2 = float(((counts - 100).square() / 100).sum())
     assert abs(chi2 - 399) < 4 * (2 * 399) ** 0.5
     torch.testing.assert_close(t, ((timestep + 1) / 1000).float())
+
+
+def test_times_stay_below_the_last(tiny_pipeline):
+    words = dict(token="<it>", initializer="a", templates=["{}"])
+    _, timestep = objective(tiny_pipeline("sd15"), t_min=0.9999, t_max=1, **words)._times(ItemRNG(0, range(9)))
+    assert timestep.eq(999).all()
 
 
 def test_times_of_a_flow_have_the_same_ratios_of_noise_to_signal(tiny_pipeline):

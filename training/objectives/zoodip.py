@@ -10,6 +10,7 @@ from torch import Tensor
 from genkit import int8, textual_inversion
 from genkit.denoisers.base import Condition, Denoiser
 from genkit.interpolants import DiscreteVP
+from genkit.rewards.base import Prompts
 from genkit.rng import ItemRNG
 from genkit.training.objectives.base import Batch, Loss, Objective, ObjectiveConfig, Phase, Role, shared
 from genkit.training.parts.losses import wide
@@ -32,7 +33,8 @@ class ZOODiPConfig(ObjectiveConfig):
     ``token``: the new word; of a class-conditional network the number of the class that is learned anew.
     ``initializer``: the word it starts from. ``templates``: texts with ``{}`` in the token's place, one at random for
     each picture; unset, the data's own prompts, which must contain the token.
-    ``num_directions``, ``step``, ``central``: of :func:`genkit.training.parts.zeroth_order.estimate`.
+    ``num_directions``, ``step``, ``central``: of :func:`genkit.training.parts.zeroth_order.estimate`. ``directions``:
+    standard ``normal``, as in the paper, or random ``signs`` (SPSA).
     ``t_min``, ``t_max``: between which noise levels, in parts of the 1000 timesteps of Stable Diffusion.
     ``quantization``: of all that is frozen, see :func:`genkit.int8.quantize`.
     """
@@ -40,6 +42,7 @@ class ZOODiPConfig(ObjectiveConfig):
     token: str = Field(min_length=1)
     initializer: str | None = None
     templates: list[str] | None = Field(None, min_length=1)
+    directions: Literal["normal", "signs"] = "normal"
     num_directions: int = Field(2, ge=1)
     step: float = Field(1e-3, gt=0)
     central: bool = False
@@ -47,6 +50,12 @@ class ZOODiPConfig(ObjectiveConfig):
     t_min: float = Field(0.5, ge=0, lt=1)
     t_max: float = Field(0.9, gt=0, le=1)
     quantization: Literal["none", "int8", "torchao", "bitsandbytes"] = "int8"
+
+    @field_validator("token", mode="before")
+    @classmethod
+    def _numbered(cls, value):
+        """The number of a class is a number in YAML and on the command line."""
+        return str(value) if type(value) is int else value
 
     @field_validator("templates")
     @classmethod
@@ -67,7 +76,7 @@ class ZOODiP(Objective):
     """Textual inversion by forward passes alone, of a network, text encoders and autoencoder in eight bits.
 
     With the mean squared error ``l(theta)`` of the network's prediction, under one noise and time for all evaluations
-    of a step, and ``n`` directions ``e_i ~ N(0, I)``, the same on every process::
+    of a step, and ``n`` directions ``e_i``, of ``E e_i e_i^T = I`` and the same on every process::
 
         g = P sum_i (l(theta + mu e_i) - l(theta)) / mu e_i / (n sqrt((d' + n - 1) / n))
 
@@ -77,8 +86,8 @@ class ZOODiP(Objective):
     is Adam with an ``eps`` of 1e-3, without clipping.
 
     A text-to-image pipeline gets a new word, in each of its text encoders; a class-conditional network a new vector for
-    a class. What is exported is that alone: ``embedding/``, for :func:`genkit.textual_inversion.load` or Diffusers'
-    ``load_textual_inversion``.
+    a class, in each of its tables. Samples in the course of training are of it. What is exported is that alone:
+    ``embedding/``, for :func:`genkit.textual_inversion.load` or Diffusers' ``load_textual_inversion``.
 
     Source: "Efficient personalization of quantized diffusion model without backpropagation", arXiv 2503.14868.
 
@@ -131,15 +140,17 @@ class ZOODiP(Objective):
         eps = rng.normal(batch.x0.shape[1:], dtype=batch.x0.dtype)
         z = path.interpolate(batch.x0, eps, t)
         target = wide(path.target(self.student.prediction_type, batch.x0, eps, t))
-        asked = self._asked(batch, rng)
+        asked = self._asked(batch.prompts, rng)
 
         def error(theta: Tensor) -> Tensor:
             with self.embedding.at(theta):
-                raw = self.student(z, t, self._condition(asked, batch), timestep=timestep).raw
+                raw = self.student(z, t, self._condition(asked, len(z)), timestep=timestep).raw
             return (wide(raw) - target).square().mean()
 
         theta, n = self.embedding.flat, c.num_directions
-        directions = shared(batch, rng).normal((n, len(theta)))[0].to(theta)
+        row = shared(batch, rng)
+        signs = c.directions == "signs"
+        directions = (2 * row.integers(2, (n, len(theta))) - 1 if signs else row.normal((n, len(theta))))[0].to(theta)
         gradient, value = estimate(error, theta.detach(), directions, c.step, central=c.central)
         removed = 0 if self.subspace is None else self.subspace.removed
         gradient = gradient / ((len(theta) - removed + n - 1) / n) ** 0.5
@@ -158,7 +169,7 @@ class ZOODiP(Objective):
         c, path = self.config, self.student.interpolant
         if isinstance(path, DiscreteVP):
             n = path.num_train_timesteps
-            low = round(c.t_min * n)
+            low = min(round(c.t_min * n), n - 1)
             timestep = low + rng.integers(max(round(c.t_max * n) - low, 1))
             return path.time(timestep).float(), timestep
         ends = torch.tensor([c.t_min, c.t_max], dtype=torch.float64)
@@ -166,7 +177,10 @@ class ZOODiP(Objective):
         t = low + (high - low) * rng.uniform()
         return t, path.timestep(t)
 
-    def _asked(self, batch: Batch, rng: ItemRNG) -> list[str]:
+    def own_condition(self, asked: Prompts | None, rng: ItemRNG) -> Condition:
+        return self._condition(self._asked(asked, rng), len(rng))
+
+    def _asked(self, prompts: Prompts | None, rng: ItemRNG) -> list[str]:
         """Texts with the token, for text-to-image networks."""
         c = self.config
         if not self.texts:
@@ -174,7 +188,6 @@ class ZOODiP(Objective):
         if c.templates is not None:
             picked = rng.integers(len(c.templates)).tolist()
             return [c.templates[i].replace("{}", c.token) for i in picked]
-        prompts = batch.prompts
         if prompts is None or any(not isinstance(p, str) or c.token not in p for p in prompts):
             raise ValueError(
                 f"the data's prompts do not contain the token {c.token!r}; set objective.templates, such as "
@@ -182,10 +195,10 @@ class ZOODiP(Objective):
             )
         return list(prompts)  # type: ignore[arg-type]
 
-    def _condition(self, asked: list[str], batch: Batch) -> Condition:
+    def _condition(self, asked: list[str], n: int) -> Condition:
         if self.texts:
             return self.student.encode(self.pipe, prompt=asked)
-        return self.student.encode(self.pipe, class_labels=[int(self.config.token)] * len(batch.x0))
+        return self.student.encode(self.pipe, class_labels=[int(self.config.token)] * n)
 
 
 _STABLE_DIFFUSION = DiscreteVP(
