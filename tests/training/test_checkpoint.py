@@ -185,3 +185,30 @@ def test_a_component_with_other_weights_is_refused(toys, tmp_path):
         toys.run(settings(resume="latest", max_train_steps=4))
     tokenizer(0)
     assert toys.run(settings(resume="latest", max_train_steps=4)).step == 4
+
+
+def test_settings_that_differ_are_said(toys, tmp_path, caplog):
+    """As a warning where the run can go on, and where it cannot beside what does not fit."""
+    toys.run(toys.digits(tmp_path / "a", max_train_steps=4, checkpointing_steps=2), stop=2)
+    caplog.clear()
+    other = dict(name="flow_matching", condition_dropout=0.25)
+    toys.digits(tmp_path / "a", max_train_steps=4, checkpointing_steps=2, resume="latest", objective=other)
+    assert "go on as it would have: objective.condition_dropout (unset -> 0.25)" in caplog.text
+    lora = dict(kind="lora", rank=2)
+    with pytest.raises(CheckpointError, match=r"lacks .*; settings that differ: adapter.kind \(full -> lora\), adap"):
+        toys.digits(tmp_path / "a", max_train_steps=4, checkpointing_steps=2, resume="latest", adapter=lora)
+
+    def inverted(window, **changes):
+        subspace = None if window is None else dict(window=window)
+        objective = dict(name="zoodip", token="3", quantization="none", subspace=subspace)
+        return toys.digits(
+            tmp_path / "b", objective=objective, max_train_steps=4, checkpointing_steps=2, ema=None, **changes
+        )
+
+    toys.run(inverted(8), stop=2)
+    with pytest.raises(
+        CheckpointError, match=r"has shape .*; settings that differ: objective.subspace.window \(8 -> 4"
+    ):
+        inverted(4, resume="latest")
+    inverted(None, resume="latest")
+    assert "objective.subspace (unset -> None), objective.subspace.window (8 -> unset)" in caplog.text
