@@ -1,6 +1,5 @@
 """A new word of a pipeline's text encoders, or the meaning of a class label: vectors, and nothing else changes."""
 
-import copy
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,8 +10,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from genkit._embedding_tables import Row, Table, Vocabulary, check_table, swap, table_of
 from genkit.denoisers.base import Denoiser
 from genkit.denoisers.network import unwrap
 
@@ -29,7 +28,7 @@ class Embedding(nn.Module):
     within it, and ``values`` otherwise; the rest of them is as it was, and so is the network.
     """
 
-    def __init__(self, token: str, rows: Sequence["Row"]):
+    def __init__(self, token: str, rows: Sequence[Row]):
         super().__init__()
         self.token, self.rows = token, list(rows)
         self.values = nn.ParameterList([row.value.clone() for row in rows])
@@ -69,66 +68,6 @@ class Embedding(nn.Module):
         (folder / ABOUT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
 
-class Table(nn.Embedding):
-    """An embedding table some rows of which are looked up elsewhere; they may lie beyond its end.
-
-    Its state dict is that of an ordinary table with these rows in it, so that whoever saves the network saves them.
-    """
-
-    rows: list["Row"]
-
-    def __init__(self, table: nn.Embedding):
-        super().__init__(table.num_embeddings, table.embedding_dim, _weight=table.weight)
-        self.weight = table.weight
-        self.__dict__["ordinary"] = table  # of the same weight, so no part of this module
-        self.rows = []
-
-    def forward(self, ids: Tensor) -> Tensor:
-        found = F.embedding(ids.masked_fill(ids >= len(self.weight), 0), self.weight)
-        for row in self.rows:
-            found = torch.where((ids == row.index)[..., None], row.value.to(found), found)
-        return found
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        weight = self.weight.detach()
-        whole = weight.new_zeros(max(len(weight), *(row.index + 1 for row in self.rows)), weight.shape[1])
-        whole[: len(weight)] = weight
-        for row in self.rows:
-            whole[row.index] = row.value.detach().to(whole)
-        destination[prefix + "weight"] = whole
-
-
-class Vocabulary:
-    """What a text encoder knew before a word was added."""
-
-    def __init__(self, tokenizer: Any, encoder: Any):
-        self.tokenizer, self.config = tokenizer, encoder.config.get_text_config()
-        self.known, self.size = copy.deepcopy(tokenizer).__dict__, self.config.vocab_size
-
-    def add(self, token: str) -> int:
-        """The number of ``token``, which is known from now on."""
-        self.tokenizer.add_tokens(token)
-        index = self.tokenizer.convert_tokens_to_ids(token)
-        self.config.vocab_size = max(self.size, index + 1)  # what is saved is read by that
-        self.length = len(self.tokenizer)
-        return index
-
-    def undo(self) -> None:
-        # In place, since pipelines share tokenizers; no tokenizer can take a word out of itself.
-        self.tokenizer.__dict__ = self.known
-        self.config.vocab_size = self.size
-
-
-class Row:
-    """Row ``index`` of ``table``, which starts as row ``start`` of it."""
-
-    def __init__(self, name: str, table: Table, index: int, start: int, vocabulary: Vocabulary | None = None):
-        self.name, self.table, self.index, self.vocabulary = name, table, index, vocabulary
-        with torch.no_grad():
-            self.value = table(torch.tensor(start, device=table.weight.device)).float().clone()
-        table.rows.append(self)
-
-
 def insert(pipe: Any, student: Denoiser, *, token: str, initializer: str | None = None) -> Embedding:
     """Make ``token`` known to the pipeline, with vectors that start as those of ``initializer``.
 
@@ -155,12 +94,12 @@ def insert(pipe: Any, student: Denoiser, *, token: str, initializer: str | None 
         ids = tokenizer(initializer, add_special_tokens=False)["input_ids"]
         if len(ids) != 1:
             raise ValueError(f"initializer={initializer!r} is {len(ids)} tokens of {name}; choose a word that is one")
-        _check_table(name, encoder.get_input_embeddings())
+        check_table(name, encoder.get_input_embeddings())
         found.append((name, tokenizer, encoder, ids[0]))
     rows = []
     for name, tokenizer, encoder, start in found:  # all is known to be right before anything changes
         vocabulary = Vocabulary(tokenizer, encoder)
-        table = _table(encoder, encoder.get_input_embeddings())
+        table = table_of(encoder, encoder.get_input_embeddings())
         encoder.set_input_embeddings(table)  # also where the encoder has it a second time, as T5
         rows.append(Row(name, table, vocabulary.add(token), start, vocabulary))
     return Embedding(token, rows)
@@ -190,29 +129,7 @@ def remove(pipe: Any, embedding: Embedding) -> None:
             ordinary = row.table.__dict__["ordinary"]
             ordinary.weight = row.table.weight
             for part in parts:
-                _swap(part, row.table, ordinary)
-
-
-def _check_table(name: str, table: nn.Module) -> None:
-    if type(table) not in (nn.Embedding, Table):
-        raise ValueError(f"the table of {name} is a {type(table).__name__}; accepted is an nn.Embedding")
-
-
-def _table(network: nn.Module, table: nn.Module) -> Table:
-    """``table`` of ``network`` as one whose rows can be looked up elsewhere, in its place."""
-    if isinstance(table, Table):
-        return table
-    assert isinstance(table, nn.Embedding)
-    made = Table(table)
-    _swap(network, table, made)
-    return made
-
-
-def _swap(network: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    for module in list(network.modules()):
-        for key, child in module._modules.items():
-            if child is old:
-                setattr(module, key, new)
+                swap(part, row.table, ordinary)
 
 
 def text_encoders(pipe: Any) -> dict[str, tuple[Any, Any]]:
@@ -231,7 +148,7 @@ def _insert_label(student: Denoiser, token: str, initializer: str | None) -> Emb
     if initializer is not None:
         raise ValueError(f"initializer={initializer!r}: a class starts from its own vector; leave it out")
     label = _label(token, tables)
-    made = {name: _table(network, table) for name, table in tables.items()}
+    made = {name: table_of(network, table) for name, table in tables.items()}
     if any(row.index == label for table in made.values() for row in table.rows):
         raise ValueError(f"token={token!r}: that class is learned already; remove its embedding first")
     return Embedding(token, [Row(name, table, label, label) for name, table in made.items()])
@@ -248,7 +165,7 @@ def _label_tables(network: nn.Module) -> dict[str, nn.Embedding]:
     if not tables:
         raise ValueError(f"{type(network).__name__} has neither text encoders nor an embedding of classes")
     for name, table in tables.items():
-        _check_table(name, table)
+        check_table(name, table)
     return tables
 
 

@@ -139,6 +139,8 @@ def test_two_words_at_once(name, tiny_pipeline):
         assert [not torch.equal(a, b) for a, b in zip(now, before, strict=True)] == changed
     for encoder in (e for _, e in textual_inversion.text_encoders(pipe).values()):
         encoder(torch.tensor([[1, 2]]))[0].sum().backward()  # tables go on to be looked up with gradients
+    with pytest.raises(IndexError):  # a number of no word
+        first.rows[0].table(torch.tensor([first.rows[0].table.num_embeddings + 10]))
     theta = second.flat.detach().requires_grad_()
     with second.at(theta):
         rows = [row.table(torch.tensor([row.index])) for row in second.rows]
