@@ -100,7 +100,7 @@ def recipe(tmp_path, objective, **more):
 
 @pytest.mark.parametrize("quantization", ["none", "int8"])
 def test_a_class_of_a_network_with_several_tables(quantization, toys, tiny_pipeline, tmp_path):
-    """What is exported makes of a fresh pipeline the one that was trained."""
+    """What is exported makes of a fresh pipeline the one that was trained, which can be saved as a whole, too."""
     tiny_pipeline("dit").save_pretrained(tmp_path / "base")
     config = recipe(tmp_path, dict(token="3", quantization=quantization), data=dict(name="synthetic"))
     trainer = Trainer(build(config), quiet=True)
@@ -113,12 +113,14 @@ def test_a_class_of_a_network_with_several_tables(quantization, toys, tiny_pipel
     if quantization == "int8":
         for part in (fresh.transformer, fresh.vae):
             int8.quantize(part.requires_grad_(False))
+    pipe.save_pretrained(tmp_path / "whole")
     drawn = []
-    for p in (pipe, fresh):
+    for p in (pipe, fresh, type(pipe).from_pretrained(tmp_path / "whole")):
         p.set_progress_bar_config(disable=True)
         arguments = tiny.call_arguments("dit") | dict(class_labels=[3], generator=torch.Generator().manual_seed(0))
         drawn.append(torch.as_tensor(p(**arguments).images))
-    torch.testing.assert_close(drawn[1], drawn[0], rtol=0, atol=1e-5)
+    for image in drawn[1:]:
+        torch.testing.assert_close(image, drawn[0], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["sd15", "dit"])
