@@ -72,6 +72,7 @@ class Row:
 
 
 def check_table(name: str, table: nn.Module) -> None:
+    """Raises ValueError where ``table`` is more than a plain embedding, whose look-up could not be split."""
     if type(table) not in (nn.Embedding, Table):
         raise ValueError(f"the table of {name} is a {type(table).__name__}; accepted is an nn.Embedding")
 
@@ -87,6 +88,7 @@ def table_of(network: nn.Module, table: nn.Module) -> Table:
 
 
 def swap(network: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put ``new`` in every place of ``network`` where ``old`` is."""
     for module in list(network.modules()):
         for key, child in module._modules.items():
             if child is old:
