@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -103,7 +104,7 @@ def _prepared(model: "Model", prepare: Preparation | None, items: Sequence[int])
     return images if prepare is None else prepare.batch(images), bad
 
 
-class Model(Maker):
+class Model(Maker, ABC):
     """A pipeline and what it is asked for.
 
     Attributes:
@@ -147,8 +148,9 @@ class Model(Maker):
                 bad[row] = f"image {item} of {self.made_with['model']} was blackened by the safety checker"
         return (images.nan_to_num() * 255).round().clamp(0, 255).to(torch.uint8), bad
 
+    @abstractmethod
     def _call(self, items: Sequence[int]) -> PipelineOutput:
-        raise NotImplementedError
+        """What the pipeline makes of these items."""
 
 
 class _Denoising(Model):

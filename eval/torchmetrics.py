@@ -3,6 +3,7 @@
 Needs torchmetrics. Values are those that :func:`genkit.eval.evaluate` gives for the same images, in float64.
 """
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -168,8 +169,9 @@ class SetMetric(torchmetrics.Metric):
 class _OneValue(SetMetric):
     """``compute()`` gives one number, as ``self.log`` wants it."""
 
+    @abstractmethod
     def _main(self) -> str:
-        raise NotImplementedError
+        """Its name among the metric's values."""
 
     def compute(self) -> Tensor:
         """The value: a scalar."""
