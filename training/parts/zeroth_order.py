@@ -57,12 +57,9 @@ class Subspace(nn.Module):
         super().__init__()
         self.window, self.noise, self.projection, self.release_every = window, noise, projection, release_every
         self.register_buffer("history", torch.zeros(window, dim))
-        self.register_buffer(
-            "components", torch.zeros(min(window, dim), dim)
-        )  # rows, of which some are kept or removed
-        self.register_buffer(
-            "state", torch.zeros(4, dtype=torch.int64)
-        )  # values seen, first and last component, windows
+        # Rows of which some are kept or removed; how many values were seen, the first and last such row, windows.
+        self.register_buffer("components", torch.zeros(min(window, dim), dim))
+        self.register_buffer("state", torch.zeros(4, dtype=torch.int64))
 
     @property
     def removed(self) -> int:
