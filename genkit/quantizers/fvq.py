@@ -18,7 +18,8 @@ from genkit.rng import hash_seed
 class FVQConfig(CodebookConfig):
     """``bridge``: ``vit``, as the paper describes, or ``dit``, as the released scripts launch: with fixed positions and
     a learned modulation that starts closed. ``group_size``: codes a token of the bridge, by default the largest divisor
-    of K up to ``K / 1024``, which is kept between 4 and 64. ``width``: of the bridge, by default ``dim``.
+    of K up to ``K / 1024``, which is kept between 4 and 64; 1 uses more codes where few vectors are there for each, for
+    attention among all of them. ``width``: of the bridge, by default ``dim``.
     ``start``: ``zero``, as published: all codes are 0 at first; ``residual``: the raw codes plus the bridge;
     ``spread``: the bridge's last layer is not 0. ``freeze``: the raw codes. ``seed``: of codes and bridge.
     """
