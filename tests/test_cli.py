@@ -159,7 +159,6 @@ def test_a_result_keeps_the_command_that_was_typed(tmp_path, monkeypatch):
     typed = ["eval", "run", "digits", "digits", "--metrics", "frechet", "--n", "40", "--json", "r.json", "--quiet"]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["genkit", *typed])
-    monkeypatch.setattr(cli, "_called", None)
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert not ended.value.code

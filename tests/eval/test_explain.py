@@ -176,8 +176,9 @@ def test_inception_by_default(files, monkeypatch, tmp_path):
 
 
 def test_help_names_every_extractor():
+    from genkit.cli.evaluation import EXTRACTORS
     from genkit.eval.extractors.base import Extractor
     from genkit.registry import file_names, members
 
-    assert cli.EXTRACTORS == ", ".join(file_names("genkit.eval.extractors"))
+    assert EXTRACTORS == ", ".join(file_names("genkit.eval.extractors"))
     assert file_names("genkit.eval.extractors") == sorted(members("genkit.eval.extractors", Extractor))
