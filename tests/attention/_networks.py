@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from diffusers.models import attention_dispatch
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaModel
 
@@ -94,3 +95,13 @@ def _llama(tiny_pipeline) -> Network:
 
 def _draw(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def settings(module):
+    """Everything that ``use`` may change."""
+    found = [attention_dispatch._AttentionBackendRegistry._active_backend]
+    for part in module.modules():
+        found += [type(part), getattr(part, "processor", None)]
+        found += [dict(vars(part.processor)) if hasattr(getattr(part, "processor", None), "__dict__") else None]
+        found += [getattr(getattr(part, "config", None), "_attn_implementation", None)]
+    return found

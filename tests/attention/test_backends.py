@@ -1,5 +1,6 @@
+"""Unmodified networks by another backend: they compute the same."""
+
 import copy
-import logging
 
 import pytest
 import torch
@@ -7,51 +8,16 @@ from diffusers.models import attention_dispatch
 from diffusers.models.attention_processor import (
     Attention,
     AttnAddedKVProcessor2_0,
-    AttnProcessor,
-    AttnProcessor2_0,
     SpatialNorm,
 )
 from diffusers.models.transformers.transformer_flux import FluxAttention
 from torch import nn
-from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from genkit import _diffusers, kernels
-from genkit.attention import attention_coverage, backends, conventions, probing, sdpa, use
-from genkit.attention.rerouting import rerouted_to
+from genkit import _diffusers
+from genkit.attention import conventions, sdpa, use
 from genkit.networks.dit import DiT
-from tests.attention._networks import NAMES, build
-
-
-@pytest.fixture
-def ours(monkeypatch):
-    """Arguments of every call of our attention."""
-    calls = []
-    real = sdpa.attention
-
-    def counted(*args, **kwargs):
-        calls.append(args)
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(sdpa, "attention", counted)
-    return calls
-
-
-@pytest.fixture
-def said(caplog):
-    backends._say.cache_clear()
-    caplog.set_level(logging.INFO, logger="genkit.attention")
-    return caplog
-
-
-def settings(module):
-    """Everything that ``use`` may change."""
-    found = [attention_dispatch._AttentionBackendRegistry._active_backend]
-    for part in module.modules():
-        found += [type(part), getattr(part, "processor", None)]
-        found += [dict(vars(part.processor)) if hasattr(getattr(part, "processor", None), "__dict__") else None]
-        found += [getattr(getattr(part, "config", None), "_attn_implementation", None)]
-    return found
+from tests.attention._networks import NAMES, build, settings
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -137,94 +103,6 @@ def test_networks_within_a_module(tiny_pipeline):
     assert settings(both) == before
 
 
-def test_it_is_a_setter(tiny_pipeline, ours):
-    net = build("dit", tiny_pipeline)
-    before = settings(net.module)
-    chosen = use(net.module, "genkit")
-    ours.clear()
-    net.call(net.x)
-    assert len(ours) == 2
-    chosen.restore()
-    assert settings(net.module) == before
-    chosen.restore()
-    assert settings(net.module) == before
-
-
-@pytest.mark.parametrize("name", ["flux", "dit", "llama"])
-def test_uses_within_uses(tiny_pipeline, ours, name):
-    net = build(name, tiny_pipeline)
-    before = settings(net.module)
-    with use(net.module, "genkit"):
-        between = settings(net.module)
-        with use(net.module, "native"):
-            ours.clear()
-            net.call(net.x)
-            assert not ours
-        assert settings(net.module) == between
-        net.call(net.x)
-        assert ours
-    assert settings(net.module) == before
-
-
-@pytest.mark.parametrize("name", ["flux", "dit", "llama"])
-def test_everything_is_restored_after_an_error(tiny_pipeline, name):
-    net = build(name, tiny_pipeline)
-    before = settings(net.module)
-    with pytest.raises(KeyError, match="mine"), use(net.module, "genkit"):
-        raise KeyError("mine")
-    assert settings(net.module) == before
-
-
-def test_what_was_done_is_undone_where_a_later_network_fails(tiny_pipeline, monkeypatch):
-    pipe = tiny_pipeline("flux")
-    before = settings(pipe.text_encoder), settings(pipe.transformer)
-    real = probing._problem
-    monkeypatch.setattr(
-        probing, "_problem", lambda *args: "it is too wide" if args[4] == 16 and args[7] is False else real(*args)
-    )
-    with pytest.raises(
-        ValueError, match=r"'genkit'.*(vae|transformer), on cpu in torch.float32 with 16 channels.*wide"
-    ):
-        use(pipe, "genkit")
-    assert (settings(pipe.text_encoder), settings(pipe.transformer)) == before
-
-
-def test_a_class_that_something_else_changed_is_not_lost(tiny_pipeline):
-    # As torch.distributed.fsdp.fully_shard does.
-    net = build("dit", tiny_pipeline)
-    chosen = use(net.module, "genkit")
-    attention = net.module.transformer_blocks[0].attn1
-    ours = type(attention)
-    attention.__class__ = type("Sharded", (ours,), {})
-    for change in (chosen.restore, chosen.restore, lambda: use(net.module, "_native_math")):
-        with pytest.raises(RuntimeError, match="undo that first"):
-            change()
-    attention.__class__ = ours
-    chosen.restore()
-    assert rerouted_to(attention) is None
-
-
-def test_copies_compute_with_their_own_weights(tiny_pipeline, ours):
-    net = build("dit", tiny_pipeline)
-    with torch.no_grad(), use(net.module, "genkit"):
-        twin = copy.deepcopy(net.module)
-        for p in twin.parameters():
-            p.mul_(1.5)
-        ours.clear()
-        given = dict(timestep=torch.tensor([3, 500]), class_labels=torch.tensor([1, 2]))
-        moved = twin(net.x, **given).sample
-        assert len(ours) == 2 and (moved - net.call(net.x)).abs().max() > 1e-3
-        assert list(twin.state_dict()) == list(net.module.state_dict())
-
-
-def test_the_process_keeps_its_own_backend(tiny_pipeline, ours):
-    one, other = build("flux", tiny_pipeline), build("flux", tiny_pipeline)
-    with use(one.module, "genkit"):
-        ours.clear()
-        other.call(other.x)
-        assert not ours
-
-
 @pytest.mark.parametrize(
     "settings_",
     [
@@ -288,134 +166,6 @@ def test_compiled_modules(kind):
     assert chosen.coverage[0].processor == ("FluxAttnProcessor" if kind is FluxAttention else "AttnProcessor2_0")
 
 
-def test_coverage_names_what_is_left_out(tiny_pipeline, said):
-    unet = tiny_pipeline("sd15").unet
-    whole = attention_coverage(unet)
-    assert len(whole) == 8 and not whole.left_out
-    eager = unet.mid_block.attentions[0].transformer_blocks[0].attn2
-    eager.set_processor(AttnProcessor())
-    both = nn.ModuleDict({"unet": unet, "torch": nn.TransformerEncoderLayer(8, 2)})
-    coverage = attention_coverage(both)
-    names = [record.name for record in coverage.left_out]
-    assert names == ["unet.mid_block.attentions.0.transformer_blocks.0.attn2", "torch.self_attn"]
-    table = str(coverage).splitlines()
-    assert len(table) == 9 and sum("left out" in line for line in table) == 2
-    assert "AttnProcessor " in table[-2] and "within one function" in table[-1]
-    for _ in range(2):
-        use(both, "genkit").restore()
-    warned = [r.getMessage() for r in said.records if r.levelno == logging.WARNING]
-    assert len(warned) == 1 and all(name in warned[0] for name in names)
-    assert str(attention_coverage(nn.Linear(1, 1))) == "no attention"
-
-
-def test_processors_for_one_backend_alone_are_left_out():
-    class Only(AttnProcessor2_0):
-        _attention_backend = "flex"
-        _SUPPORTED_BACKENDS = ("flex",)
-
-    m = Attention(16, heads=2, dim_head=8, processor=Only())
-    assert [r.way for r in attention_coverage(m)] == [None]
-    assert [r.way for r in attention_coverage(m, "flex")] == ["dispatcher"]
-
-
-class _Asks(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.w = nn.Parameter(torch.ones(()))
-
-    def forward(self, x):
-        return attention_dispatch.dispatch_attention_fn(x * self.w, x, x)
-
-
-def test_code_that_asks_the_dispatcher_without_a_setting(ours):
-    m, x = _Asks(), torch.randn(1, 5, 2, 8)
-    expected = m(x)
-    with use(m, "genkit"):
-        ours.clear()
-        torch.testing.assert_close(m(x), expected, rtol=1e-5, atol=1e-6)
-        assert len(ours) == 1
-        F.scaled_dot_product_attention(x, x, x)
-        attention_dispatch.dispatch_attention_fn(x, x, x)
-        assert len(ours) == 1
-
-
-def test_auto_on_a_cpu(tiny_pipeline, said):
-    net = build("dit", tiny_pipeline)
-    for tangent, expected in ((False, "native"), (True, "genkit"), (True, "genkit")):
-        with use(net.module, tangent=tangent) as chosen:
-            assert chosen.backend == {"": expected}
-    logged = [record.getMessage() for record in said.records]
-    assert logged == [
-        "attention of DiTTransformer2DModel: auto takes 'native', where PyTorch chooses among its kernels",
-        "attention of DiTTransformer2DModel: auto takes 'genkit', which carries tangents, and is eager here",
-    ]
-
-
-@pytest.mark.parametrize(
-    ("faults", "deterministic", "name", "reason"),
-    [
-        ({}, False, "_native_cudnn", "the fastest"),
-        ({}, True, "native", "not known to be deterministic"),
-        ({True: "no masks"}, False, "native", "left out (no masks)"),
-    ],
-)
-def test_auto_on_a_hopper(monkeypatch, faults, deterministic, name, reason):
-    backends._fastest.cache_clear()
-    monkeypatch.setattr(kernels, "obstacle", lambda device: "no GPU is here")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(backends, "problem", lambda *args, masked=False, **kwargs: faults.get(masked))
-    sizes = (backends.Size(torch.device("cuda", 0), torch.bfloat16, 64),)
-    chosen, why = backends._fastest(sizes, False, False, "auto", deterministic)
-    assert chosen == name and reason in why
-    assert backends._fastest(sizes, True, False, "auto", deterministic)[0] == "genkit"
-    backends._fastest.cache_clear()
-
-
-def test_eager_attention_on_a_gpu_is_said(monkeypatch, said, tiny_pipeline):
-    size = backends.Size(torch.device("cuda", 0), torch.bfloat16, 64)
-    monkeypatch.setattr(kernels, "shared_memory", lambda device: 227 * 1024)
-    records = attention_coverage(build("dit", tiny_pipeline).module)
-    monkeypatch.setattr(kernels, "obstacle", lambda kind: "triton is not installed: pip install triton")
-    backends._warn("net", "genkit", (size,), records)
-    monkeypatch.setattr(kernels, "obstacle", lambda kind: None)
-    backends._warn("net", "genkit", (size,), records)
-    for unfit in (dict(channels=12), dict(channels=20, assumed=True), dict(dtype=torch.float64)):
-        backends._warn("net", "genkit", (size._replace(**unfit),), records)
-    logged = [record.getMessage() for record in said.records if record.name == "genkit.attention"]
-    says = ["pip install triton", "12 channels a head in", r"20 channels a head (assumed) in", "in torch.float64"]
-    assert len(logged) == 4 and all(part in line for part, line in zip(says, logged, strict=True))
-
-
-@pytest.mark.parametrize(
-    ("unfit", "word"),
-    [
-        ({}, "fused"),
-        (dict(channels=20), "eager"),
-        (dict(dtype=torch.float64), "eager"),
-        (dict(dtype=torch.float32, channels=160), "fused"),
-        (dict(dtype=torch.float32, channels=256), "eager"),
-    ],
-)
-def test_auto_says_fused_only_where_a_kernel_computes(monkeypatch, unfit, word):
-    monkeypatch.setattr(kernels, "obstacle", lambda device: None)
-    monkeypatch.setattr(kernels, "shared_memory", lambda device: 99 * 1024)
-    backends._fastest.cache_clear()
-    size = backends.Size(torch.device("cuda", 0), torch.bfloat16, 64)
-    for sizes in ((size._replace(**unfit),), (size, size._replace(**unfit))):
-        assert backends._fastest(sizes, True, False, "auto", False)[1].endswith(f"and is {word} here")
-    backends._fastest.cache_clear()
-
-
-def test_auto_does_not_take_cudnn_on_consumers_blackwell(monkeypatch):
-    monkeypatch.setattr(backends, "problem", lambda *args, **kwargs: None)
-    sizes = (backends.Size(torch.device("cuda", 0), torch.bfloat16, 64),)
-    for capability, name in (((12, 0), "native"), ((10, 0), "_native_cudnn")):
-        backends._fastest.cache_clear()
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
-        assert backends._fastest(sizes, False, False, "auto", False)[0] == name
-    backends._fastest.cache_clear()
-
-
 def test_bad_input(tiny_pipeline):
     net = build("dit", tiny_pipeline)
     before = settings(net.module)
@@ -441,39 +191,6 @@ def test_bad_input(tiny_pipeline):
         flux.transformer_blocks[0].attn.processor._parallel_config = object()
         use(flux, "genkit")
     assert settings(net.module) == before
-
-
-def test_a_backend_that_loses_tangents_or_gradients_is_refused(monkeypatch):
-    cpu = torch.device("cpu")
-
-    class Loses(torch.autograd.Function):
-        @staticmethod
-        def forward(q, k, v):
-            return F.scaled_dot_product_attention(q, k, v)
-
-        @staticmethod
-        def setup_context(ctx, inputs, output):
-            ctx.save_for_backward(output)
-
-        @staticmethod
-        def backward(ctx, g):
-            return g, g, g
-
-        @staticmethod
-        def jvp(ctx, *tangents):
-            return torch.zeros_like(tangents[0])
-
-    functions = {
-        "lost": lambda q, k, v, attn_mask=None: Loses.apply(q, k, v),
-        "flat": lambda q, k, v, attn_mask=None: F.scaled_dot_product_attention(q, k, v).detach(),
-        "unmasked": lambda q, k, v, attn_mask=None: F.scaled_dot_product_attention(q, k, v),
-    }
-    monkeypatch.setattr(probing, "compute", functions.__getitem__)
-    assert probing.problem("lost", cpu, torch.float32, 16) is None
-    assert probing.problem("lost", cpu, torch.float32, 16, tangent=True) == "its tangent is wrong"
-    assert probing.problem("lost", cpu, torch.float32, 16, gradient=True) == "its gradient is wrong"
-    assert "grad" in probing.problem("flat", cpu, torch.float32, 16, gradient=True)
-    assert probing.problem("unmasked", cpu, torch.float32, 16, masked=True) == "its result is wrong"
 
 
 def test_another_diffusers_is_named(monkeypatch):

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from transformers import Gemma2Config, Gemma2Model, GptOssConfig, GptOssModel, LlamaConfig, LlamaModel
 
 from genkit.attention import attention_coverage, backends, use
-from tests.attention.test_backends import settings
+from tests.attention._networks import settings
 
 SIZES = dict(hidden_size=32, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
 

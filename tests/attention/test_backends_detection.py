@@ -12,7 +12,6 @@ from torch.nn import functional as F
 from genkit.attention import attention_coverage, backends, use
 from tests.attention import _attention_elsewhere, _networks
 from tests.attention._attention_elsewhere import attend as imported
-from tests.attention.test_backends import ours, said  # noqa: F401
 
 sdpa = F.scaled_dot_product_attention
 
@@ -96,7 +95,7 @@ FOUND = {
 
 
 @pytest.mark.parametrize("name", FOUND)
-def test_it_is_found_and_reached(ours, name):  # noqa: F811
+def test_it_is_found_and_reached(ours, name):
     m, x = FOUND[name](), torch.randn(1, 2, 5, 8)
     expected = m(x)
     with use(m, "genkit", tangent=True) as chosen:
@@ -136,7 +135,7 @@ class Object:
     ],
     ids=["linear", "by_hand", "object", "scripted", "scripted_part", "torch"],
 )
-def test_where_none_is_reached_that_is_said(said, make, says):  # noqa: F811
+def test_where_none_is_reached_that_is_said(said, make, says):
     m = make()
     backends._say.cache_clear()
     use(m, "genkit").restore()
@@ -146,7 +145,7 @@ def test_where_none_is_reached_that_is_said(said, make, says):  # noqa: F811
         use(m, "genkit", tangent=True)
 
 
-def test_a_pipeline_with_a_network_that_has_none(tiny_pipeline, said):  # noqa: F811
+def test_a_pipeline_with_a_network_that_has_none(tiny_pipeline, said):
     both = nn.ModuleDict({"dit": _networks.build("dit", tiny_pipeline).module, "linear": nn.Linear(1, 1)})
     use(both, "genkit", tangent=True).restore()
     assert not [r for r in said.records if r.levelno == logging.WARNING and r.name == "genkit.attention"]

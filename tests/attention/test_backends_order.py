@@ -4,8 +4,7 @@ import pytest
 from torch import nn
 
 from genkit.attention import use
-from tests.attention._networks import build
-from tests.attention.test_backends import settings
+from tests.attention._networks import build, settings
 
 
 @pytest.mark.parametrize("pair", [("_native_math", "genkit"), ("genkit", "genkit")], ids="-".join)
