@@ -76,14 +76,25 @@ class MARSampling:
             check_integer("num_inference_steps", most)
         check_integer("max_timestep", self.max_timestep)
         count = most.hi if isinstance(most, StepAnnealer) else most
-        if not 1 <= count <= TRAIN_STEPS:
+        if count is not None and not 1 <= count <= TRAIN_STEPS:  # None where a budget decides it
             raise ValueError(f"num_inference_steps={most}: accepted are 1 to {TRAIN_STEPS} steps of the head")
-        GaussianChain(count, self.max_timestep)  # refuses a timestep out of range
+        GaussianChain(1, self.max_timestep)  # refuses a timestep out of range
 
-    def annealer(self) -> StepAnnealer:
-        """Steps of the head at each step of the transformer."""
+    def head_steps(self, num_ar_steps: int) -> list[int]:
+        """Steps of the head at each of ``num_ar_steps`` of the transformer.
+
+        Raises:
+            ValueError: a budget that is too small for them, or more than the head can spend.
+        """
         steps = self.num_inference_steps
-        return steps if isinstance(steps, StepAnnealer) else StepAnnealer(steps, steps, "constant")
+        annealer = steps if isinstance(steps, StepAnnealer) else StepAnnealer(steps, kind="constant")
+        found = [annealer(k, num_ar_steps) for k in range(num_ar_steps)]
+        if found[0] > TRAIN_STEPS:
+            raise ValueError(
+                f"num_inference_steps={steps}: the first of {num_ar_steps} autoregressive steps would take {found[0]}; "
+                f"accepted are 1 to {TRAIN_STEPS} steps of the head"
+            )
+        return found
 
     def guidance(self, known: float) -> float:
         """The scale at a step after which a share ``known`` of the tokens is known."""
@@ -128,14 +139,14 @@ class MaskedAutoregressive(Student):
         return tokens.reshape(-1, n, n, c, p, p).permute(0, 3, 1, 4, 2, 5).reshape(-1, *self.shape)
 
     def check(self, settings: MARSampling) -> None:
-        self._counts(settings)
+        self._plan(settings)
 
-    def _counts(self, settings: MARSampling) -> list[int]:
-        """How many tokens each step draws."""
-        steps = min(64, self.length) if settings.num_ar_steps is None else settings.num_ar_steps
-        return reveal_counts(self.length, steps)
+    def _plan(self, settings: MARSampling) -> tuple[list[int], list[int]]:
+        """How many tokens each step draws, and by how many steps of the head."""
+        num_ar_steps = min(64, self.length) if settings.num_ar_steps is None else settings.num_ar_steps
+        return reveal_counts(self.length, num_ar_steps), settings.head_steps(num_ar_steps)
 
-    def draw(self, rng: ItemRNG, condition: Condition, num_inference_steps: int | None = None) -> Tensor:
+    def draw(self, rng: ItemRNG, condition: Condition, num_inference_steps: int | StepAnnealer | None = None) -> Tensor:
         settings = MARSampling() if num_inference_steps is None else MARSampling(num_inference_steps)
         return self.sample(rng, condition, settings).float()
 
@@ -144,11 +155,10 @@ class MaskedAutoregressive(Student):
         """Samples ``(B, *shape)``, one a row of ``rng``, which is all their randomness; in float32 at least.
 
         Raises:
-            ValueError: more steps than tokens.
+            ValueError: more steps than tokens, a budget that is too small or too large for them.
         """
-        network, annealer, b = self.network, settings.annealer(), len(rng)
-        counts = self._counts(settings)
-        steps = [annealer(k, len(counts)) for k in range(len(counts))]
+        network, b = self.network, len(rng)
+        counts, steps = self._plan(settings)
         chains = {t: GaussianChain(t, settings.max_timestep) for t in set(steps)}
         guided = settings.guidance_scale != 1
         labels = condition["class_labels"]

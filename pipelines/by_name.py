@@ -119,7 +119,8 @@ def parse_reward(text: str) -> Reward:
 
 
 def parse_steps(text: str) -> int | StepAnnealer:
-    """A number of steps, or for networks with a diffusion head how they fall: ``linear:hi=50,lo=5``.
+    """A number of steps, or for networks with a diffusion head how they fall: ``linear:hi=50,lo=5``, or of how many in
+    all: ``linear:budget=400,lo=5``.
 
     Raises:
         ValueError: neither a whole number nor a kind of :class:`~genkit.step_annealing.StepAnnealer`, an unknown
@@ -127,7 +128,11 @@ def parse_steps(text: str) -> int | StepAnnealer:
     """
     kind, _, rest = text.strip().partition(":")
     if kind in KINDS:
-        return StepAnnealer(kind=kind, **parse_settings(f"num_inference_steps {kind!r}", rest, ("hi", "lo")))
+        settings = parse_settings(f"num_inference_steps {kind!r}", rest, ("hi", "lo", "budget"))
+        try:
+            return StepAnnealer(kind=kind, **settings)
+        except ValueError as error:
+            raise ValueError(f"num_inference_steps={text.strip()!r}: {error}") from None
     try:
         return int(text)
     except ValueError:

@@ -65,7 +65,7 @@ class MaskedAutoregressivePipeline(DiffusionPipeline):
         Args:
             class_labels: numbers of the classes.
             num_inference_steps: of the diffusion head for each token: a number, or a
-                :class:`~genkit.step_annealing.StepAnnealer`.
+                :class:`~genkit.step_annealing.StepAnnealer`, of a budget for all tokens together if so told.
             num_ar_steps, guidance_scale, guidance_schedule, temperature, max_timestep: see
                 :class:`genkit.masked_autoregressive.MARSampling`.
             num_images_per_label: pictures a label, next to each other.

@@ -129,8 +129,7 @@ def test_without_temperature_all_randomness_is_in_the_start():
 @pytest.mark.parametrize("budget", [200, 400])
 def test_annealing_beats_constant_steps_at_equal_calls_where_late_tokens_are_certain(kind, budget):
     """Exact heads ``N(1, sigma_k^2)`` over 16 autoregressive steps; where no token is more certain, it does not."""
-    annealed = StepAnnealer.within(budget, 16, lo=5, kind=kind)
-    constant = StepAnnealer(budget // 16, budget // 16, "constant")
+    annealed, constant = StepAnnealer(kind=kind, budget=budget), StepAnnealer(kind="constant", budget=budget)
     assert annealed.total(16) <= budget and constant.total(16) > budget - 16
 
     def error(annealer, fall):

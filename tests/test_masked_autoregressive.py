@@ -104,7 +104,7 @@ def test_what_was_drawn_stays_and_is_seen_by_what_follows(model, monkeypatch):
 def test_counts(model):
     settings = MARSampling(StepAnnealer(6, 2), num_ar_steps=5, max_timestep=950)
     model.sample(ItemRNG(0, range(3)), labels(model, 3), settings)
-    calls = [len(GaussianChain(settings.annealer()(k, 5), 950)) for k in range(5)]
+    calls = [len(GaussianChain(count, 950)) for count in settings.head_steps(5)]
     evaluations = sum(t * n for t, n in zip(calls, reveal_counts(16, 5), strict=True))
     assert (model.calls, model.head_calls, model.head_evaluations) == (5, sum(calls), evaluations)
     guided = student()
@@ -112,6 +112,19 @@ def test_counts(model):
         ItemRNG(0, range(3)), labels(model, 3), MARSampling(StepAnnealer(6, 2), 5, guidance_scale=2.0, max_timestep=950)
     )
     assert (guided.calls, guided.head_calls, guided.head_evaluations) == (10, sum(calls), 2 * evaluations)
+
+
+def test_a_budget_is_for_all_tokens(model):
+    """Of 16 tokens in 5 steps, by default one a step; steps that coincide at the noisy end are one, so fewer are made."""
+    condition, state = labels(model, 2), dict(max_timestep=999)
+    for num_ar_steps in (5, None):
+        before = model.head_calls
+        budget = MARSampling(StepAnnealer(budget=90), num_ar_steps, **state)
+        out = model.sample(ItemRNG(0, range(2)), condition, budget)
+        hi, lo = StepAnnealer(budget=90).ends(num_ar_steps or 16)
+        assert 90 - (num_ar_steps or 16) < model.head_calls - before <= 90
+        named = MARSampling(StepAnnealer(hi, lo), num_ar_steps, **state)
+        assert torch.equal(model.sample(ItemRNG(0, range(2)), condition, named), out)
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine", "two_stage"])
@@ -211,6 +224,14 @@ def test_as_training_draws(model):
         (
             dict(num_inference_steps=StepAnnealer(2000, 5)),
             "num_inference_steps=linear:hi=2000,lo=5: accepted are 1 to 1000",
+        ),
+        (
+            dict(num_inference_steps=StepAnnealer(budget=79)),
+            "budget=79: 16 steps of at least lo=5 take 80",
+        ),
+        (
+            dict(num_inference_steps=StepAnnealer(budget=20_000)),
+            "num_inference_steps=linear:budget=20000,lo=5: the first of 16 autoregressive steps would take 2495; accepted",
         ),
         (dict(max_timestep=1000), "max_timestep=1000"),
         (dict(guidance_scale=-1.0), "guidance_scale=-1.0: must be a number of at least 0"),

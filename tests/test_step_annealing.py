@@ -6,6 +6,7 @@ import pytest
 
 from genkit.gaussian_chain import GaussianChain
 from genkit.masked_autoregressive import reveal_counts
+from genkit.pipelines.by_name import parse_steps
 from genkit.step_annealing import KINDS, StepAnnealer
 
 
@@ -59,16 +60,40 @@ def test_every_kind_falls_from_hi_to_lo(kind):
     assert table(StepAnnealer(9, 9, kind), 5) == [9] * 5
 
 
-@pytest.mark.parametrize("kind", ["linear", "cosine", "two_stage"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("budget, steps", [(1733, 64), (1700, 64), (320, 64), (123, 10), (50, 1), (10**6, 7)])
 def test_a_budget_is_used_up(kind, budget, steps):
-    annealer = StepAnnealer.within(budget, steps, lo=5, kind=kind)
-    assert annealer.total(steps) <= budget < StepAnnealer(annealer.hi + 1, 5, kind).total(steps)
+    """By the largest ``hi``: one more would exceed it."""
+    annealer = StepAnnealer(budget=budget, kind=kind)
+    hi, lo = annealer.ends(steps)
+    more = StepAnnealer(hi + 1, None if kind == "constant" else lo, kind)
+    assert annealer.total(steps) <= budget < more.total(steps)
+    assert lo == (hi if kind == "constant" else 5)
+    assert table(annealer, steps) == table(StepAnnealer(hi, lo, kind), steps)
 
 
-def test_budgets_of_one_number():
-    assert StepAnnealer.within(100, 16, lo=6, kind="constant") == StepAnnealer(6, 6, "constant")
-    assert StepAnnealer.within(50, 10, lo=5) == StepAnnealer(5, 5)
+def test_budgets_of_the_published_settings():
+    """64 steps of 50 to 5."""
+    for kind, budget in (("linear", 1733), ("cosine", 1729), ("two_stage", 1760)):
+        assert StepAnnealer(lo=5, kind=kind, budget=budget).ends(64) == (50, 5)
+        assert StepAnnealer(lo=5, kind=kind, budget=budget - 1).ends(64) == (49, 5)
+
+
+def test_a_budget_follows_the_number_of_steps():
+    annealer = StepAnnealer(budget=100, lo=2)
+    assert [annealer.total(steps) <= 100 for steps in (1, 4, 10, 50)] == [True] * 4
+    assert [annealer.ends(steps) for steps in (1, 50)] == [(100, 2), (2, 2)]
+
+
+def test_one_number():
+    assert StepAnnealer(20, kind="constant") == StepAnnealer(20, 20, "constant")
+    assert StepAnnealer(kind="constant", budget=100).ends(16) == (6, 6)
+    assert StepAnnealer() == StepAnnealer(50, 5, "linear") and StepAnnealer().ends(7) == (50, 5)
+
+
+def test_as_a_command_line_writes_it():
+    said = ["linear:hi=50,lo=5", "cosine:budget=400,lo=3", "constant:hi=9,lo=9", "constant:budget=400"]
+    assert [str(parse_steps(text)) for text in said] == said
 
 
 @pytest.mark.parametrize(
@@ -80,12 +105,20 @@ def test_budgets_of_one_number():
         (lambda: StepAnnealer(50, 5, "constant"), "kind='constant' has one number of steps"),
         (lambda: StepAnnealer(20.5, 5), "hi=20.5: must be an integer"),
         (lambda: StepAnnealer(20, "5"), "lo='5': must be an integer"),
-        (lambda: StepAnnealer.within(100.5, 10), "budget=100.5: must be an integer"),
-        (lambda: StepAnnealer.within(100, 2.5), "num_ar_steps=2.5: must be an integer"),
+        (lambda: StepAnnealer(budget=100.5), "budget=100.5: must be an integer"),
+        (lambda: StepAnnealer(budget=0), "budget=0: must be at least 1"),
+        (lambda: StepAnnealer(budget=100, lo=0), "lo=0: must be at least 1"),
+        (lambda: StepAnnealer(50, budget=100), "hi=50, budget=100: the budget decides hi; give one of the two"),
+        (
+            lambda: StepAnnealer(lo=5, kind="constant", budget=100),
+            "lo=5, budget=100: the budget decides lo; give one of the two",
+        ),
+        (lambda: StepAnnealer(budget=100).ends(2.5), "num_ar_steps=2.5: must be an integer"),
         (lambda: StepAnnealer()(64, 64), "k=64: accepted are 0 to 63, there are 64 steps"),
         (lambda: StepAnnealer()(-1, 64), "k=-1: accepted are 0 to 63"),
-        (lambda: StepAnnealer.within(319, 64, lo=5), "budget=319: 64 steps of at least lo=5 take 320"),
-        (lambda: StepAnnealer.within(10, 0), "num_ar_steps=0: must be at least 1"),
+        (lambda: StepAnnealer(budget=319).total(64), "budget=319: 64 steps of at least lo=5 take 320"),
+        (lambda: StepAnnealer(budget=63, kind="constant").total(64), "budget=63: 64 steps of at least 1 take 64"),
+        (lambda: StepAnnealer().ends(0), "num_ar_steps=0: must be at least 1"),
     ],
 )
 def test_bad_input(make, text):

@@ -26,7 +26,7 @@ def sample(
         typer.Option(
             "--steps",
             help="Steps of the scheduler, the pipeline's own number by default; of a diffusion head also falling ones: "
-            "linear:hi=50,lo=5.",
+            "linear:hi=50,lo=5, or linear:budget=400 in all.",
         ),
     ] = None,
     num_images: Annotated[int, typer.Option("--per-label", "--per-prompt", help="Images a label or prompt.")] = 1,

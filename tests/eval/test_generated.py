@@ -238,14 +238,16 @@ def test_calls_of_a_diffusion_head_are_counted_beside_those_of_the_network(real,
     torch.manual_seed(0)
     small = dict(hidden_size=16, num_layers=1, num_heads=2, head_width=16, head_layers=1, buffer_size=2)
     pipe = MaskedAutoregressivePipeline(MAR(**small).eval())
-    for name, steps, calls in (("falling", StepAnnealer(6, 2), 6 + 4 + 3 + 2), ("constant", "6", 4 * 6)):
+    of_budget = "linear:budget=15,lo=2"
+    cases = [("falling", StepAnnealer(6, 2), 6 + 4 + 3 + 2), ("budget", of_budget, 15), ("constant", "6", 4 * 6)]
+    for name, steps, calls in cases:
         images = generated_images(
             pipe, [1, 2, 3], num_inference_steps=steps, arguments={"num_ar_steps": 4}, batch_size=2, name="mar"
         )
         assert images.model.head_calls() is None  # of no image
         result = evaluate(real, images, metrics=["contrast"], quiet=True, output=tmp_path / name)
         assert (result.nfe, result.head_calls) == (4, calls)
-        assert result.made_with["steps"] == (6 if steps == "6" else "linear:hi=6,lo=2")
+        assert result.made_with["steps"] == {"falling": "linear:hi=6,lo=2", "budget": of_budget, "constant": 6}[name]
     show(result)
     told = capsys.readouterr().out
     assert re.search(r"network calls \(NFE\)\W+4\W", told) and re.search(r"calls of the diffusion head\W+24\W", told)

@@ -342,6 +342,10 @@ def test_steps_of_the_head_that_fall(masked, tmp_path):
     assert told["num_inference_steps"] == "linear:hi=6,lo=2"
     again = call(masked, tmp_path / "a", num_inference_steps=parse_steps(told["num_inference_steps"]), **settings)
     assert images(again) == found  # the same settings, so that it would go on
+    budget = call(masked, tmp_path / "b", num_inference_steps="linear:budget=15,lo=2", **settings)
+    of_budget = numpy.asarray(Image.open(budget / "1/000000.png"))  # 6 to 2 is the largest: 6 + 4 + 3 + 2
+    assert numpy.array_equal(of_budget, numpy.asarray(out.images[0]))
+    assert json.loads((budget / "settings.json").read_text())["num_inference_steps"] == "linear:budget=15,lo=2"
     assert parse_steps(" 25") == 25 and parse_steps("cosine") == StepAnnealer(50, 5, "cosine")
 
 
@@ -354,7 +358,15 @@ def test_steps_of_the_head_that_fall(masked, tmp_path):
         ),
         ("lineer:hi=4", "did you mean 'linear'.*Accepted: a whole number, constant"),
         ("2.5", "num_inference_steps='2.5' is not known.*a whole number"),
-        ("linear:high=4", "num_inference_steps 'linear': setting='high' is not known.*Accepted: hi, lo"),
+        ("linear:high=4", "num_inference_steps 'linear': setting='high' is not known.*Accepted: budget, hi, lo"),
+        ("linear:budget=19", "budget=19: 4 steps of at least lo=5 take 20"),
+        (
+            "linear:budget=80,hi=9",
+            "='linear:budget=80,hi=9': hi=9, budget=80: the budget decides hi; give one of the two",
+        ),
+        ("constant:budget=90,lo=5", "lo=5, budget=90: the budget decides lo"),
+        ("cosine:budget=20000", "the first of 4 autoregressive steps would take 9995; accepted are 1 to 1000 steps"),
+        ("linear:budget=4.5", "budget=4.5: must be an integer"),
         ("linear:hi=4,lo=5", "lo=5, hi=4: accepted are 1 <= lo <= hi"),
         ("linear:hi=2000", "num_inference_steps=linear:hi=2000,lo=5: accepted are 1 to 1000 steps of the head"),
         ("linear:hi=x", "hi='x': must be an integer"),
