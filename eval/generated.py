@@ -26,7 +26,7 @@ from genkit.pipelines.by_student import arguments_of, draw_images, draws_by_labe
 from genkit.pipelines.commands import adopt
 from genkit.pipelines.numbered import asked_of, described, make_images, num_classes, shape_of_call, steps_of_call
 from genkit.rng import ItemRNG
-from genkit.step_annealing import StepAnnealer
+from genkit.step_annealing import StepAnnealer, as_written
 
 
 def generated_images(
@@ -242,7 +242,7 @@ class _ByStudent(Model):
         arguments = arguments_of(pipe, num_inference_steps, arguments)
         if "num_inference_steps" in arguments:
             steps = arguments["num_inference_steps"]
-            self.made_with["steps"] = str(steps) if isinstance(steps, StepAnnealer) else steps
+            self.made_with["steps"] = as_written(steps)
         if asked.labels is None:
             raise ValueError(f"{network} takes class labels, and {asked.of} has none")
         least, most = int(asked.labels.min()), int(asked.labels.max())

@@ -8,6 +8,7 @@ from torch import Tensor
 from genkit.denoisers.base import Condition
 from genkit.networks.gpt import GPT, Cache
 from genkit.rng import ItemRNG
+from genkit.step_annealing import StepAnnealer
 from genkit.students import Student
 from genkit.token_sampling import TokenSampling
 
@@ -51,7 +52,7 @@ class Autoregressive(Student):
     def with_network(self, network: GPT) -> "Autoregressive":
         return Autoregressive(network, self.tokenizer)
 
-    def draw(self, rng: ItemRNG, condition: Condition, num_inference_steps: int | None = None) -> Tensor:
+    def draw(self, rng: ItemRNG, condition: Condition, num_inference_steps: int | StepAnnealer | None = None) -> Tensor:
         return self.pictures(self.sample(rng.uniform((self.num_tokens,), dtype=torch.float64), condition))
 
     @property

@@ -124,3 +124,8 @@ def _within(budget: int, num_ar_steps: int, lo: int | None, kind: str) -> tuple[
         fits = StepAnnealer(middle, lo, kind).total(num_ar_steps) <= budget
         best, beyond = (middle, beyond) if fits else (best, middle)
     return best, least
+
+
+def as_written(steps: int | StepAnnealer | None) -> int | str | None:
+    """Steps as a command line and JSON have them."""
+    return str(steps) if isinstance(steps, StepAnnealer) else steps

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from genkit.denoisers.base import Condition
 from genkit.rng import ItemRNG
+from genkit.step_annealing import StepAnnealer
 
 
 class Student(ABC):
@@ -70,5 +71,5 @@ class Student(ABC):
         return
 
     @abstractmethod
-    def draw(self, rng: ItemRNG, condition: Condition, num_inference_steps: int | None = None) -> Tensor:
+    def draw(self, rng: ItemRNG, condition: Condition, num_inference_steps: int | StepAnnealer | None = None) -> Tensor:
         """Samples ``(B, *shape)``, float32, one a row of ``rng``, without guidance; a function of its row alone."""

@@ -8,6 +8,7 @@ from torch import Tensor
 from genkit.denoisers.base import Condition
 from genkit.networks.tokenizer import ImageTokenizer, Reconstruction
 from genkit.rng import ItemRNG
+from genkit.step_annealing import StepAnnealer
 from genkit.students import Student
 
 
@@ -29,7 +30,9 @@ class Tokenizer(Student):
         sample = made.sample
         return Reconstruction(sample.to(torch.promote_types(sample.dtype, torch.float32)), made.quantized)
 
-    def draw(self, rng: ItemRNG, condition: Condition, num_inference_steps: int | None = None) -> NoReturn:
+    def draw(
+        self, rng: ItemRNG, condition: Condition, num_inference_steps: int | StepAnnealer | None = None
+    ) -> NoReturn:
         """Nothing can be drawn from a tokenizer.
 
         Raises:

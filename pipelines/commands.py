@@ -22,7 +22,7 @@ from genkit.pipelines.image_folder import ImageFolder
 from genkit.pipelines.numbered import asked_of, described, lines_of, make_images, shape_of_call, steps_of_call
 from genkit.pipelines.text_to_image import TextToImagePipeline
 from genkit.registry import unknown
-from genkit.step_annealing import StepAnnealer
+from genkit.step_annealing import StepAnnealer, as_written
 
 PIPELINES = {cls.__name__: cls for cls in (ClassConditionalPipeline, FewStepPipeline, TextToImagePipeline)}
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16")}
@@ -208,7 +208,7 @@ def sample_to_folder(
         "pipeline": str(Path(pipeline).resolve()) if Path(pipeline).exists() else str(pipeline),
         "asked": asked,
         "num_images": num_images,
-        "num_inference_steps": str(steps) if isinstance(steps, StepAnnealer) else steps,
+        "num_inference_steps": as_written(steps),
         "guider": None if rule is None else described(rule),
         "scheduler": None if student else described(pipe.scheduler),
         # None without any: the folders that earlier versions made do not name them.

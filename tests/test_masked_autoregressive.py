@@ -115,7 +115,7 @@ def test_counts(model):
 
 
 def test_a_budget_is_for_all_tokens(model):
-    """Of 16 tokens in 5 steps, by default one a step; steps that coincide at the noisy end are one, so fewer are made."""
+    """Of 16 tokens in 5 steps, by default one a step."""
     condition, state = labels(model, 2), dict(max_timestep=999)
     for num_ar_steps in (5, None):
         before = model.head_calls
@@ -231,7 +231,7 @@ def test_as_training_draws(model):
         ),
         (
             dict(num_inference_steps=StepAnnealer(budget=20_000)),
-            "num_inference_steps=linear:budget=20000,lo=5: the first of 16 autoregressive steps would take 2495; accepted",
+            "num_inference_steps=linear:budget=20000,lo=5: the first of 16 autoregressive steps would take 2495",
         ),
         (dict(max_timestep=1000), "max_timestep=1000"),
         (dict(guidance_scale=-1.0), "guidance_scale=-1.0: must be a number of at least 0"),

@@ -7,14 +7,44 @@ from typing import Annotated, Any, Literal
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_serializer, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 from yaml import YAMLError
 
 from genkit.data.base import Source
 from genkit.quantizers.base import Quantizer
 from genkit.registry import lookup, members, unknown
 from genkit.sara import RankTarget
+from genkit.step_annealing import StepAnnealer, as_written
 from genkit.training.objectives.base import Objective
+
+
+def _steps(value: Any) -> int | StepAnnealer:
+    from genkit.pipelines.by_name import parse_steps
+
+    steps = parse_steps(value) if isinstance(value, str) else value
+    if isinstance(steps, StepAnnealer) or type(steps) is int and steps >= 1:
+        return steps
+    raise ValueError(
+        "expected a whole number of at least 1, or of a diffusion head how they fall, as linear:hi=50,lo=5 or "
+        "linear:budget=400"
+    )
+
+
+Steps = Annotated[
+    int | StepAnnealer,
+    PlainValidator(_steps),
+    PlainSerializer(as_written),
+]
 
 
 class Section(BaseModel):
@@ -147,7 +177,7 @@ class Sampling(Section):
 
     every: int | None = Field(None, ge=1)
     num_samples: int = Field(64, ge=1)
-    num_inference_steps: int = Field(4, ge=1)
+    num_inference_steps: Steps = 4
     evaluate: str | None = None
 
 
@@ -162,7 +192,7 @@ class Evaluation(Section):
 
     every: int | None = Field(None, ge=1)
     num_samples: int = Field(1000, ge=2)
-    num_inference_steps: int = Field(4, ge=1)
+    num_inference_steps: Steps = 4
     batch_size: int = Field(64, ge=1)
     extractor: str | None = None
     metrics: list[str] | None = None

@@ -17,6 +17,7 @@ from genkit.eval.result import Result
 from genkit.eval.run import evaluate, measure
 from genkit.eval.statistics import FeatureStats, is_statistics
 from genkit.rng import ItemRNG, hash_seed
+from genkit.step_annealing import as_written
 from genkit.students import Student
 from genkit.training.build import Run
 from genkit.training.fakes import spread
@@ -73,7 +74,7 @@ class Evaluator:
         """
         settings, made_with = self.settings, {"model": self.run.config.output_dir.name, "training_step": step}
         if not isinstance(self.run.student, Student) or self.run.student.takes_steps:
-            made_with["steps"] = settings.num_inference_steps
+            made_with["steps"] = as_written(settings.num_inference_steps)
         if self.reference is None:
             self.reference = self._reference(device)
         self._bad = False

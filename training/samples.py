@@ -10,22 +10,26 @@ from diffusers.utils import make_image_grid
 from PIL import Image
 from torch import Tensor
 
-from genkit.denoisers.base import Denoiser
 from genkit.eval.inputs import to_uint8
 from genkit.eval.processes import alone
 from genkit.eval.run import evaluate
 from genkit.rng import ItemRNG, hash_seed
 from genkit.sampling import sample
+from genkit.step_annealing import StepAnnealer
 from genkit.students import Student
+from genkit.training.adapters import base_network
 from genkit.training.build import Run
 from genkit.training.config import Evaluation, Rounds, Sampling
 from genkit.training.parts.rollout import schedule
 
 
-def draw(run: Run, read: dict[str, Any], rng: ItemRNG, num_inference_steps: int, shape: tuple[int, ...]) -> Tensor:
+def draw(
+    run: Run, read: dict[str, Any], rng: ItemRNG, num_inference_steps: int | StepAnnealer, shape: tuple[int, ...]
+) -> Tensor:
     """Clean samples ``(B, *shape)`` of the student, float32, in its space, under the guidance that its method names.
 
     Args:
+        num_inference_steps: that :func:`check_steps` has passed.
         read: a batch of a source; its labels or prompts are what samples are drawn under.
         rng: of one row a sample, on the device of the network.
     """
@@ -34,6 +38,7 @@ def draw(run: Run, read: dict[str, Any], rng: ItemRNG, num_inference_steps: int,
     condition = run.inputs.condition(read, device) if own is None else own
     if isinstance(run.student, Student):
         return run.student.draw(rng, condition, num_inference_steps if run.student.takes_steps else None)
+    assert isinstance(num_inference_steps, int)
     scheduler = run.objective.scheduler(run.pipe.scheduler)
     schedule(run.student, run.pipe, scheduler, num_inference_steps, shape, device)
     x = rng.normal(shape) * getattr(scheduler, "init_noise_sigma", 1.0)
@@ -43,27 +48,25 @@ def draw(run: Run, read: dict[str, Any], rng: ItemRNG, num_inference_steps: int,
 
 def check_steps(run: Run, settings: Sampling | Evaluation | Rounds, section: str) -> None:
     """Refuse a number of steps that the student cannot take."""
-    if (
-        isinstance(run.student, Student)
-        and not run.student.takes_steps
-        and "num_inference_steps" in settings.model_fields_set
-    ):
+    steps, student = settings.num_inference_steps, run.student
+    told, network = f"{section}.num_inference_steps={steps}", type(base_network(student)).__name__
+    if isinstance(student, Student):
+        if not student.takes_steps and "num_inference_steps" in settings.model_fields_set:
+            raise ValueError(f"{told}: {network} takes none; leave it out")
+        if student.takes_steps:
+            try:
+                student.check(run.pipe.sampling_class(num_inference_steps=steps))  # type: ignore[attr-defined]
+            except ValueError as error:
+                raise ValueError(f"{section}.{error}") from None
+        return
+    if isinstance(steps, StepAnnealer):
         raise ValueError(
-            f"{section}.num_inference_steps={settings.num_inference_steps}: {type(run.student.network).__name__} takes "
-            "none; leave it out"
+            f"{told}: steps that fall are those of a diffusion head, which {network} has "
+            "not; accepted is a whole number"
         )
-    if isinstance(run.student, Student) and run.student.takes_steps:
-        try:
-            run.pipe.sampling_class(num_inference_steps=settings.num_inference_steps)  # type: ignore[attr-defined]
-        except ValueError as error:
-            raise ValueError(f"{section}.{error}") from None
-    if isinstance(run.student, Denoiser):
-        known = run.objective.scheduler(run.pipe.scheduler).config.get("trained_times")
-        if known and settings.num_inference_steps > len(known):
-            raise ValueError(
-                f"{section}.num_inference_steps={settings.num_inference_steps}: the student knows {len(known)} times; "
-                f"accepted are 1 to {len(known)}"
-            )
+    known = run.objective.scheduler(run.pipe.scheduler).config.get("trained_times")
+    if known and steps > len(known):
+        raise ValueError(f"{told}: the student knows {len(known)} times; accepted are 1 to {len(known)}")
 
 
 class Sampler:

@@ -11,6 +11,7 @@ from genkit.eval.inputs import ImageSet, Maker, to_uint8, uint8_kind
 from genkit.eval.on_demand import Spool, evaluating
 from genkit.eval.processes import per_image
 from genkit.rng import ItemRNG, hash_seed
+from genkit.step_annealing import StepAnnealer, as_written
 from genkit.training.build import Run
 from genkit.training.config import Sampling
 from genkit.training.objectives.base import Objective
@@ -20,7 +21,7 @@ from genkit.training.samples import check_steps, draw
 def student_images(
     run: Run,
     asked: Asked,
-    num_inference_steps: int | None = None,
+    num_inference_steps: int | StepAnnealer | None = None,
     *,
     seed: int,
     batch_size: int,
@@ -47,7 +48,9 @@ def student_images(
 
 
 class _StudentModel(Maker):
-    def __init__(self, run: Run, asked: Asked, steps: int | None, seed: int, device: torch.device, name: str):
+    def __init__(
+        self, run: Run, asked: Asked, steps: int | StepAnnealer | None, seed: int, device: torch.device, name: str
+    ):
         if type(run.objective).restored is not Objective.restored:
             raise ValueError(f"objective={run.config.objective.name!r}: its student makes pictures of pictures")
         if steps is None:
@@ -59,7 +62,7 @@ class _StudentModel(Maker):
         self.shape, self.told = run.inputs.sample_shape, _told(run, asked)
         self.run, self.steps, self.device = run, steps, device
         self.seed = hash_seed(seed, *b"student images")
-        self.made_with: dict[str, Any] = {"model": name, "steps": steps, "seed": seed}
+        self.made_with: dict[str, Any] = {"model": name, "steps": as_written(steps), "seed": seed}
         self._calls, self._images = 0, 0
         self._head_calls = None if self._of_head is None else 0
         with evaluating([run.student.module]):

@@ -38,7 +38,9 @@ def evaluate(
     ] = None,
     steps: Annotated[
         str | None,
-        typer.Option(help="Of pipeline:FOLDER, as 25, linear:hi=50,lo=5 or linear:budget=400; the pipeline's own by default."),
+        typer.Option(
+            help="Of pipeline:FOLDER, as 25, linear:hi=50,lo=5 or linear:budget=400; the pipeline's own by default."
+        ),
     ] = None,
     guider: Annotated[str | None, typer.Option(help="Of pipeline:FOLDER, as cfg:guidance_scale=2.")] = None,
     scheduler: Annotated[str | None, typer.Option(help="Of pipeline:FOLDER, as pndm.")] = None,

@@ -362,7 +362,7 @@ def test_steps_of_the_head_that_fall(masked, tmp_path):
         ("linear:budget=19", "budget=19: 4 steps of at least lo=5 take 20"),
         (
             "linear:budget=80,hi=9",
-            "='linear:budget=80,hi=9': hi=9, budget=80: the budget decides hi; give one of the two",
+            "hi=9, budget=80: the budget decides hi; give one of the two",
         ),
         ("constant:budget=90,lo=5", "lo=5, budget=90: the budget decides lo"),
         ("cosine:budget=20000", "the first of 4 autoregressive steps would take 9995; accepted are 1 to 1000 steps"),

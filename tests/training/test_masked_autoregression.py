@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import yaml
 from diffusers import AutoencoderKL
 from torch import nn
 from torch.distributions import Normal, kl_divergence
@@ -13,7 +14,8 @@ from genkit.gaussian_chain import GaussianChain
 from genkit.masked_autoregressive import MaskedAutoregressive
 from genkit.networks.mar import MAR
 from genkit.pipelines.masked_autoregressive import MaskedAutoregressivePipeline
-from genkit.rng import ItemRNG
+from genkit.rng import ItemRNG, hash_seed
+from genkit.step_annealing import StepAnnealer
 from genkit.training.config import TrainConfig, load_config
 from genkit.training.export import export
 from genkit.training.objectives.base import Batch
@@ -218,6 +220,65 @@ def test_steps_that_the_head_cannot_take_are_refused_before_training(toys, tmp_p
         with pytest.raises(ValueError, match=text):
             toys.run(toys.digits(tmp_path, model=MODEL, objective=dict(name="masked_autoregressive"), **section))
         assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_steps_that_fall_in_a_recipe(toys, tmp_path):
+    """As a command line writes them: in what a run draws, in its files, and where it is watched."""
+    budget = "linear:budget=60,lo=2"
+    hi, _ = StepAnnealer(budget=60, lo=2).ends(16)
+    changes = dict(
+        model=MODEL,
+        objective=dict(name="masked_autoregressive"),
+        max_train_steps=1,
+        checkpointing_steps=1,
+        sampling=dict(every=1, num_samples=4, num_inference_steps=budget),
+        evaluation=dict(every=1, num_samples=10, num_inference_steps="3", extractor="digits", metrics=["contrast"]),
+    )
+    config = TrainConfig(**toys.settings(tmp_path, **changes))
+    assert config.sampling.num_inference_steps == StepAnnealer(budget=60, lo=2)
+    assert config.evaluation.num_inference_steps == 3
+    assert TrainConfig(**config.model_dump(mode="json")) == config
+    trainer = toys.run(toys.digits(tmp_path, **changes))
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["sampling"]["num_inference_steps"] == budget
+    with trainer.averaged():
+        student, device = trainer.run.student, torch.device("cpu")
+        before = student.head_calls
+        drawn = trainer.sampler.draw((1, 8, 8), device)
+        spent = student.head_calls - before
+        rng = ItemRNG(hash_seed(trainer.config.seed, 0x73616D70), range(4))
+        again = student.draw(rng, student.encode(None, class_labels=range(4)), StepAnnealer(hi, 2))
+    assert torch.equal(drawn, again) and 44 < spent <= 60
+    (row,) = Watch(tmp_path, "digits", n=20, metrics=["contrast"]).once()
+    assert row["made_with"]["steps"] == budget and row["head_calls"] == spent
+
+
+@pytest.mark.parametrize(
+    "steps, text",
+    [
+        ("linear:hi=4,lo=5", "sampling.num_inference_steps='linear:hi=4,lo=5': lo=5, hi=4: accepted are 1 <= lo <= hi"),
+        ("lineer", "sampling.num_inference_steps='lineer': .*did you mean 'linear'"),
+        ("0", "sampling.num_inference_steps=0: expected a whole number of at least 1"),
+        ("2.5", "sampling.num_inference_steps=2.5: expected a whole number"),
+        ("true", "sampling.num_inference_steps=True: expected a whole number"),
+        ("linear:budget=79", "sampling.budget=79: 16 steps of at least lo=5 take 80"),
+    ],
+)
+def test_steps_that_a_recipe_cannot_mean(steps, text, tmp_path):
+    from genkit.training.__main__ import train
+    from tests.training.test_config import CONFIGS
+
+    overrides = [f"sampling.num_inference_steps={steps}", f"output_dir={tmp_path / 'run'}"]
+    with pytest.raises(ValueError, match=text):
+        train(load_config(CONFIGS / "digits" / "mar.yaml", overrides))
+    assert not (tmp_path / "run").exists()
+
+
+def test_steps_that_fall_are_for_a_head(toys, tmp_path):
+    sampling = dict(sampling=dict(every=5, num_inference_steps="linear:hi=4,lo=1"))
+    dit = dict(network="dit", hidden_size=16, num_layers=1, num_heads=2, sample_size=8, in_channels=1, patch_size=2)
+    text = "num_inference_steps=linear:hi=4,lo=1: steps that fall are those of a diffusion head, which DiT has not"
+    with pytest.raises(ValueError, match=text):
+        toys.run(toys.digits(tmp_path, model=dit | dict(num_classes=10), **sampling))
 
 
 @pytest.mark.parametrize(
