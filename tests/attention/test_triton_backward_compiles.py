@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from tests.attention._compiling import SHARED, compiled
+from tests.compiling import SHARED, compiled
 
 
 def launch(arch, dtype, d, which, tangent=True, capacity=None, is_causal=False, mask=False, bias=None, n=1000):

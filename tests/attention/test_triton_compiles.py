@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from tests.attention._compiling import SHARED, compiled
+from tests.compiling import SHARED, compiled
 
 SHARED = SHARED | {80: 99 * 1024}  # of consumers' GPUs of that family; the A100 has more
 

@@ -10,7 +10,7 @@ from genkit.quantizers import search
 from genkit.quantizers._exact import Codes
 from genkit.quantizers._triton_search import Tiles
 from genkit.quantizers.search import nearest_codes
-from tests.attention._compiling import SHARED, compiled
+from tests.compiling import SHARED, compiled
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -1,6 +1,6 @@
 """Compiles kernels for GPUs that are not present: what the compiler refuses, spills or cannot hold shows without one.
 
-``python -m tests.attention._compiling`` is run by :func:`compiled` without ``TRITON_INTERPRET``: Triton decides when a
+``python -m tests.compiling`` is run by :func:`compiled` without ``TRITON_INTERPRET``: Triton decides when a
 kernel is defined whether it is interpreted, and the tests' process interprets.
 """
 
@@ -25,11 +25,11 @@ def compiled(module: str, cases: list[dict], timeout: float = 600) -> list[dict]
     ``spilled`` bytes of a thread, ``shared`` bytes of a block, ``wgmma`` and ``mma`` (instructions of either kind) and
     ``serialised`` (whether Hopper's dots wait for each other, at a great loss of speed).
     """
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[1]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
     ran = subprocess.run(
-        [sys.executable, "-m", "tests.attention._compiling", module],
+        [sys.executable, "-m", "tests.compiling", module],
         input=json.dumps(cases),
         capture_output=True,
         text=True,
