@@ -25,9 +25,35 @@ def test_everything_in_one_table(tmp_path):
         "mean_flow: step",
         "nearest of",
         "loop over fused",
+        "gradients of queries",
     ):
         assert what in named, named
-    assert not [row for row in rows if row["holds"] is False] and all(row["value"] == row["value"] for row in rows)
+    assert not [row for row in rows if row["holds"] is False] and all(row["value"] is not None for row in rows)
+
+
+def test_a_part_that_breaks_does_not_hide_the_others(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks/gpu")
+    import _measure
+
+    def broken():
+        yield _measure.Row("first", 1.0, "x", 0.5)
+        raise MemoryError("of no use")
+
+    file, end = tmp_path / "rows.json", ["--device", "cpu", "--output", str(tmp_path / "rows.json")]
+    parts = [("a part", broken), ("another", lambda: [_measure.Row("second", 2.0, "x", 1.0)])]
+    monkeypatch.setattr(sys, "argv", ["script", *end])
+    assert _measure.main("parts", "", lambda device: _measure.sections(parts)) == 1
+    record = json.loads(file.read_text())
+    assert record["complete"] and [(row["what"], row["holds"]) for row in record["rows"]] == [
+        ("first", True),
+        ("a part: broke off", False),
+        ("second", True),
+    ]
+    assert "of no use" in record["rows"][1]["note"]
+    monkeypatch.setattr(sys, "argv", ["script", *end, "--seconds", "0"])
+    assert _measure.main("parts", "", lambda device: _measure.sections(parts)) == 1
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["what"] for row in rows] == ["first", "parts: everything was measured"] and rows[1]["holds"] is False
 
 
 def test_without_a_gpu_they_say_so(tmp_path):

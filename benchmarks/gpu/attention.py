@@ -4,9 +4,10 @@ One dot is ``2 B H M N D`` operations: value and tangent count 6, the backward o
 bfloat16, are set for an H100 (989 TFLOP/s): value and tangent at least 40 % of it, the backward of both at least 30 %,
 for N >= 4096 and D = 64 and 128; never slower than 3.5 times PyTorch's own plain forward; at least 1.5 times faster
 than jvp_flash_attention, where that is installed and takes the shape; memory linear in N. On other devices the shares
-are of that device's peak, if it is known, and are only reported.
+are of that device's peak, if it is known, and are only reported. What a product of matrices and a copy reach is
+measured first, for the peaks are the vendor's. Bounds come first, too, so that a run that is cut off has them.
 
-    python benchmarks/gpu/attention.py
+    python benchmarks/gpu/attention.py            2 minutes, most of which is compiling
     python benchmarks/gpu/attention.py --device cpu    the script itself, on tiny shapes, in eager code
 """
 
@@ -14,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterator
 
 import torch
-from _measure import Row, attempt, main, peak_bytes, seconds
+from _measure import Row, main, peak_bytes, seconds, sections
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -30,13 +31,15 @@ except ImportError:
 # Dense bfloat16 TFLOP/s and TB/s, by what is in the device's name.
 PEAKS = {"H100 PCIe": (756, 2.0), "H100": (989, 3.35), "H200": (989, 4.8), "A100": (312, 2.0), "L40": (181, 0.86)}
 # Name: B, H, N, D.
-SHAPES = {
-    "DiT-XL/2 256px": (32, 16, 256, 72),
-    "DiT-XL/2 512px": (32, 16, 1024, 72),
+BOUNDED = {
     "N 4096, D 64": (4, 16, 4096, 64),
     "N 4096, D 128": (2, 16, 4096, 128),
     "N 16384, D 64": (1, 16, 16384, 64),
-    "N 16384, D 128": (1, 8, 16384, 128),
+    "N 16384, D 128": (1, 16, 16384, 128),
+}
+NETWORKS = {
+    "DiT-XL/2 512px": (32, 16, 1024, 72),
+    "DiT-XL/2 256px": (32, 16, 256, 72),
     "SD3.5-M 1024px": (1, 24, 4429, 64),
     "Flux 1024px": (1, 24, 4608, 128),
     "Wan 1.3B 480p": (1, 12, 32760, 128),
@@ -61,7 +64,8 @@ def speed(name: str, shape: tuple[int, int, int, int], device: str, dtype: torch
     b, h, n, d = shape
     q, k, v, tq, tk, tv = inputs(shape, device, dtype)
     dot, limits = 2 * b * h * n * n * d, peak()
-    bounded = limits is not None and "H100" in torch.cuda.get_device_name() and n >= 4096 and d in (64, 128)
+    hopper = limits is not None and limits[0] == PEAKS["H100"][0]
+    bounded = hopper and n >= 4096 and d in (64, 128)
 
     def share(dots: int, taken: float) -> str:
         return "" if limits is None else f"{dots * dot / taken / 1e12 / limits[0]:.0%} of {limits[0]} TFLOP/s"
@@ -89,17 +93,7 @@ def speed(name: str, shape: tuple[int, int, int, int], device: str, dtype: torch
         )
         partial = seconds(lambda: attention_with_tangent(q, k, v, tq), device)
         yield Row(f"{name}: tangent of q alone", partial * 1e3, "ms", note=f"{partial / fused:.2f} of all three")
-        if peer is not None:
-            yield attempt(f"{name}: over jvp_flash_attention", "x", lambda: beside(name, (q, k, v, tq, tk, tv), by_jvp))
     yield from backward(name, (q, k, v, tq, tk, tv), device, dot, share, limits if bounded else None)
-
-
-def beside(name: str, all_six: tuple[Tensor, ...], ours: float) -> Row:
-    """Their speed by their documented call, against ours by the same construct."""
-    assert peer is not None
-    primals, tangents = all_six[:3], all_six[3:]
-    theirs = seconds(lambda: torch.func.jvp(lambda q, k, v: peer.fwd_dual(q, k, v), primals, tangents), "cuda")
-    return Row(f"{name}: faster than jvp_flash_attention", theirs / ours, "x", FASTER, note=f"{theirs * 1e3:.3f} ms")
 
 
 def backward(
@@ -119,9 +113,20 @@ def backward(
         yield Row(f"{name}: backward of both", 15 * dot / dual / 1e12 / limits[0], "of peak", BACKWARD)
     ordinary = seconds(lambda: torch.autograd.grad(o, leaves[:3], g, retain_graph=True), device)
     yield Row(f"{name}: backward of the value", ordinary * 1e3, "ms", note=share(5, ordinary))
+    yield from duality(name, leaves, o, to)
     theirs = F.scaled_dot_product_attention(*leaves[:3])
     library = seconds(lambda: torch.autograd.grad(theirs, leaves[:3], g, retain_graph=True), device)
     yield Row(f"{name}: PyTorch's backward", library * 1e3, "ms", note=share(5, library))
+
+
+def duality(name: str, leaves: list[Tensor], o: Tensor, to: Tensor) -> Iterator[Row]:
+    """``<to, to>`` by either backward, as the inner product of gradients and tangents, for ``to`` is linear in them."""
+    h, tangents = to.detach(), leaves[3:]
+    exact = float(h.double().square().sum())
+    for what, of, to_what in (("the value", o, leaves[:3]), ("the tangent", to, tangents)):
+        gradients = torch.autograd.grad(of, to_what, h, retain_graph=True)
+        made = sum(float((a.double() * b.detach().double()).sum()) for a, b in zip(gradients, tangents, strict=True))
+        yield Row(f"{name}: duality of the backward of {what}", abs(made / exact - 1), "", 1e-2, at_least=False)
 
 
 def memory(device: str) -> Iterator[Row]:
@@ -148,19 +153,18 @@ def hard(shape: tuple[int, int, int, int], device: str, dtype: torch.dtype) -> l
     return [x.to(dtype) for x in (q, k, v + 4 * shared.sign(), tq, tk + 4 * shared, tv)]
 
 
-def errors(device: str, shape: tuple[int, int, int, int] = (1, 2, 500, 64)) -> Iterator[Row]:
+def errors(dtype: torch.dtype, device: str, shape: tuple[int, int, int] = (1, 2, 500)) -> Iterator[Row]:
     """Relative errors of value, tangent and all gradients against float64."""
-    kinds = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 1.5e-2}
+    bound = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 1.5e-2}[dtype]
     for d in (64, 72, 128):
-        for dtype, bound in kinds.items():
-            for label, make in (("benign", inputs), ("hard", hard)):
-                six = make((*shape[:3], d), device, dtype)
-                found, exact = derivatives(six), derivatives([x.double() for x in six])
-                wrong = [float((a.double() - b).norm() / b.norm()) for a, b in zip(found, exact, strict=True)]
-                at = f"{label}, {str(dtype).removeprefix('torch.')}, D {d}"
-                limit = 3e-3 if label == "hard" and dtype == torch.bfloat16 else bound
-                yield Row(f"error of the tangent, {at}", wrong[1], "", limit, at_least=False)
-                yield Row(f"largest error of value and gradients, {at}", max(wrong), "", bound, at_least=False)
+        for label, make in (("benign", inputs), ("hard", hard)):
+            six = make((*shape, d), device, dtype)
+            found, exact = derivatives(six), derivatives([x.double() for x in six])
+            wrong = [float((a.double() - b).norm() / b.norm()) for a, b in zip(found, exact, strict=True)]
+            at = f"{label}, {str(dtype).removeprefix('torch.')}, D {d}"
+            limit = 3e-3 if label == "hard" and dtype == torch.bfloat16 else bound
+            yield Row(f"error of the tangent, {at}", wrong[1], "", limit, at_least=False)
+            yield Row(f"largest error of value and gradients, {at}", max(wrong), "", bound, at_least=False)
 
 
 def derivatives(six: list[Tensor]) -> list[Tensor]:
@@ -171,26 +175,72 @@ def derivatives(six: list[Tensor]) -> list[Tensor]:
     return [o.detach(), to.detach(), *torch.autograd.grad((o, to), leaves, (g, h))]
 
 
+def ceilings(device: str) -> Iterator[Row]:
+    """What this very device does at its best."""
+    yield Row("attention is fused here", float(kernels.fused(torch.device(device))), "", 1.0)
+    a, b = torch.randn(2, 8192, 8192, device=device, dtype=torch.bfloat16)
+    yield Row("product of 8192 x 8192 matrices", 2 * 8192**3 / seconds(lambda: a @ b, device) / 1e12, "TFLOP/s")
+    x = torch.empty(2**30, device=device, dtype=torch.uint8)
+    yield Row("copy", 2 * 2**30 / seconds(x.clone, device) / 1e12, "TB/s")
+
+
+def beside_peer(name: str, shape: tuple[int, int, int, int]) -> Iterator[Row]:
+    """jvp_flash_attention by its documented call, against ours by the same construct."""
+    what, (_, _, n, d) = f"{name}: faster than jvp_flash_attention", shape
+    if peer is None:
+        yield Row(what, None, "x", note="not installed: pip install jvp_flash_attention")
+        return
+    if d not in (16, 32, 64, 128, 256) or n % 2:  # what its code refuses
+        yield Row(what, None, "x", note=f"it does not take {n} tokens and {d} channels")
+        return
+    six = inputs(shape, "cuda", torch.bfloat16)
+    with torch.no_grad():
+        ours = seconds(lambda: torch.func.jvp(attention, tuple(six[:3]), tuple(six[3:])), "cuda")
+        try:
+            theirs = seconds(lambda: torch.func.jvp(peer.fwd_dual, tuple(six[:3]), tuple(six[3:])), "cuda")
+        except Exception as error:  # theirs to mend
+            yield Row(what, None, "x", note=f"it raises {type(error).__name__}: {error}".splitlines()[0][:160])
+            return
+    yield Row(what, theirs / ours, "x", FASTER, note=f"{theirs * 1e3:.3f} ms")
+
+
+def beside_math(device: str) -> Iterator[Row]:
+    q, k, v, tq, tk, tv = inputs(NETWORKS["DiT-XL/2 512px"], device, torch.bfloat16)
+    with torch.no_grad():
+        ours = seconds(lambda: torch.func.jvp(attention, (q, k, v), (tq, tk, tv)), device)
+        with sdpa_kernel(SDPBackend.MATH):
+            math = seconds(lambda: torch.func.jvp(F.scaled_dot_product_attention, (q, k, v), (tq, tk, tv)), device)
+    yield Row("DiT-XL/2 512px: faster than PyTorch's math attention", math / ours, "x", note=f"{math * 1e3:.2f} ms")
+
+
 def rows(device: str) -> Iterator[Row]:
     cuda = device.startswith("cuda")
-    if cuda:
-        fused = kernels.fused(torch.device(device))
-        yield Row("attention is fused here", float(fused), "", 1.0, note=kernels.obstacle("cuda") or "")
-    yield from errors(device, (1, 2, 500, 64) if cuda else (1, 1, 40, 64))
-    for name, shape in (SHAPES if cuda else TINY).items():
-        yield from speed(name, shape, device, torch.bfloat16 if cuda else torch.float32)
-        if cuda:
-            torch.cuda.empty_cache()
-    if cuda:
-        yield from memory(device)
-        shape = SHAPES["DiT-XL/2 512px"]
-        q, k, v, tq, tk, tv = inputs(shape, device, torch.bfloat16)
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-            math = seconds(
-                lambda: torch.func.jvp(F.scaled_dot_product_attention, (q, k, v), (tq, tk, tv)), device, budget=0.5
-            )
-        ours = seconds(lambda: torch.func.jvp(attention, (q, k, v), (tq, tk, tv)), device)
-        yield Row("DiT-XL/2 512px: faster than PyTorch's math attention", math / ours, "x", note=f"{math * 1e3:.2f} ms")
+    half = torch.bfloat16 if cuda else torch.float32
+
+    def speeds(shapes):
+        return [(name, lambda n=name: speed(n, shapes[n], device, half)) for name in shapes]
+
+    def wrong(dtype):
+        shape = (1, 2, 500) if cuda else (1, 1, 40)
+        return f"errors in {dtype}", lambda: errors(dtype, device, shape)
+
+    if not cuda:
+        return sections([wrong(torch.float32), *speeds(TINY)])
+    shapes = BOUNDED | NETWORKS
+    return sections(
+        [
+            ("ceilings", lambda: ceilings(device)),
+            *speeds(BOUNDED),
+            wrong(torch.bfloat16),
+            ("memory", lambda: memory(device)),
+            *speeds(NETWORKS),
+            ("beside math attention", lambda: beside_math(device)),
+            wrong(torch.float16),
+            wrong(torch.float32),
+            # Last, since a kernel of others that breaks takes the device's context along.
+            *((f"{name} beside jvp_flash_attention", lambda n=name: beside_peer(n, shapes[n])) for name in shapes),
+        ]
+    )
 
 
 if __name__ == "__main__":

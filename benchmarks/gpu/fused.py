@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import torch
-from _measure import Row, attempt, main, peak_bytes, seconds
+from _measure import Row, main, peak_bytes, seconds, sections
 
 from genkit import kernels
 from genkit.denoisers.base import Prediction
@@ -104,15 +104,7 @@ def rows(device: str) -> Iterator[Row]:
     for dtype in (torch.float32, torch.bfloat16):
         parts.append((f"average of {dtype}", lambda dtype=dtype: averages(dtype, device)))  # type: ignore[misc]
     parts.append(("guidance", lambda: guidance(device)))
-    for what, part in parts:
-        found: list[Row] = []
-
-        def measured(part=part, found=found) -> Row:
-            found.extend(part())
-            return found.pop()
-
-        last = attempt(what, "", measured)
-        yield from (*found, last)
+    return sections(parts)
 
 
 if __name__ == "__main__":
