@@ -203,9 +203,7 @@ def _fastest(q, k, v, bias, mask, tq, tk, tv, tbias, o, to, lse, mu, g, h, optio
     """Tiles of keys and of queries that are measured, one after the other."""
     inputs = (q, k, v, bias, mask, tq, tk, tv, tbias, o, to, lse, mu, g, h, options, needs)
     present = tuple(x is not None for x in (tq, tk, tv, tbias, g, h))
-    grids = tuple(None if x is None else x.shape[2] > 1 for x in (mask, bias))
-    lengths = tuple(x.shape[2].bit_length() for x in (q, k))
-    key = (q.device, q.dtype, q.shape[3], v.shape[3], options.is_causal, grids, present, needs, lengths)
+    key = (*_tuning.kind(q, k, v, bias, mask, options), present, needs)
     width = max(sum(_tiles.split(x.shape[3])) for x in (q, v))
     tiles = choose(q.dtype, width, h is not None, bias is not None, shared_memory(q.device))
     there = {launch.kernel for launch in launches(*inputs, tiles)[0]}

@@ -152,9 +152,7 @@ def _launch(
     with _tiles.launching(q):
         if tile is None and _tuning.wanted():
             present = (with_tangent, *(x is not None for x in (lse, tq, tk, tv, tbias)))
-            grids = tuple(None if x is None else x.shape[2] > 1 for x in (mask, bias))
-            lengths = tuple(x.shape[2].bit_length() for x in (q, k))
-            key = (q.device, q.dtype, q.shape[3], v.shape[3], options.is_causal, grids, present, precise, lengths)
+            key = (*_tuning.kind(q, k, v, bias, mask, options), present, precise)
             chosen, _ = choose(q.dtype == torch.float32, q.shape[3], v.shape[3], with_tangent, shared)
             tile = _tuning.fastest(key, (chosen, *OTHERS), run)
         return run(tile)

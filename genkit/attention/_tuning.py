@@ -11,9 +11,11 @@ from collections.abc import Callable, Hashable, Iterable
 
 import torch
 import triton
+from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from genkit.attention._tiles import Tile
+from genkit.attention.inputs import Options
 from genkit.kernels import interpreted
 
 logger = logging.getLogger(__name__)
@@ -25,6 +27,13 @@ def wanted() -> bool:
     if os.environ.get("GENKIT_TUNE", "0") != "1" or interpreted():
         return False
     return not torch.cuda.is_current_stream_capturing()
+
+
+def kind(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, options: Options) -> tuple:
+    """What decides which tile is the fastest: the device, sizes, lengths up to a power of two, what is a grid."""
+    grids = tuple(None if x is None else x.shape[2] > 1 for x in (mask, bias))
+    lengths = tuple(x.shape[2].bit_length() for x in (q, k))
+    return q.device, q.dtype, q.shape[3], v.shape[3], options.is_causal, grids, lengths
 
 
 def fastest(
