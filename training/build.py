@@ -22,9 +22,10 @@ from genkit.registry import lookup, members, unknown
 from genkit.rng import hash_seed
 from genkit.schedulers.base import PathScheduler
 from genkit.training.adapters import add_lora, add_selected, base_network
-from genkit.training.config import Model, Named, Sara, TrainConfig
+from genkit.training.config import TrainConfig
 from genkit.training.inputs import Inputs, synthetic_settings
 from genkit.training.objectives.base import Objective
+from genkit.training.sections import Model, Named, Sara
 
 
 @dataclass

@@ -15,7 +15,7 @@ class Health:
     """Watches gradient norms and samples; every alarm is a sentence for the log.
 
     Args:
-        settings: thresholds, :class:`genkit.training.config.Health`.
+        settings: thresholds, :class:`genkit.training.sections.Health`.
     """
 
     def __init__(self, settings):

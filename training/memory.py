@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from genkit.training.build import Run
-from genkit.training.config import Named
 from genkit.training.optimizers import make_optimizer
+from genkit.training.sections import Named
 
 
 @dataclass(frozen=True)

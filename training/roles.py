@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from genkit.sara import sara_layers
-from genkit.training.config import Named, Sara, TrainConfig
+from genkit.training.config import TrainConfig
 from genkit.training.ema import EMA
 from genkit.training.objectives.base import Objective, Phase, Role
 from genkit.training.optimizers import lr_factor, make_optimizer
+from genkit.training.sections import Named, Sara
 from genkit.training.sharding import is_sharded, optimizer_state, whole
 from genkit.training.sparse import SparseTraining
 from genkit.training.zero import Zero

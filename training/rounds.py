@@ -19,14 +19,16 @@ from genkit.rng import hash_seed
 from genkit.training import checkpoint, machine
 from genkit.training.adapters import base_network
 from genkit.training.build import Run, build
-from genkit.training.config import Model, Named, TrainConfig, validate
+from genkit.training.config import TrainConfig
 from genkit.training.export import save_pipeline
 from genkit.training.fakes import save_whole, write_fakes
 from genkit.training.logs import flatten
 from genkit.training.objectives.base import DivergedError
 from genkit.training.samples import check_steps
 from genkit.training.scores import Score
+from genkit.training.sections import Model, Named
 from genkit.training.trainer import Trainer
+from genkit.training.validation import validate
 
 logger = logging.getLogger("genkit.training")
 

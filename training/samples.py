@@ -19,8 +19,8 @@ from genkit.step_annealing import StepAnnealer
 from genkit.students import Student
 from genkit.training.adapters import base_network
 from genkit.training.build import Run
-from genkit.training.config import Evaluation, Rounds, Sampling
 from genkit.training.parts.rollout import schedule
+from genkit.training.sections import Evaluation, Rounds, Sampling
 
 
 def draw(

@@ -9,10 +9,10 @@ from genkit.eval.inputs import read_images, to_uint8
 from genkit.eval.run import evaluate, measure
 from genkit.rng import ItemRNG
 from genkit.training.build import Run
-from genkit.training.config import Rounds
 from genkit.training.fakes import spread
 from genkit.training.objectives.base import DivergedError
 from genkit.training.samples import draw
+from genkit.training.sections import Rounds
 
 
 class Score:

@@ -10,7 +10,8 @@ from torch.optim import Optimizer
 from genkit.rng import hash_seed
 from genkit.sara import add_rank_gradient, fingerprint, lowerable, sara_layers, shrink
 from genkit.training.checkpoint import CheckpointError
-from genkit.training.config import Sara, TrainConfig
+from genkit.training.config import TrainConfig
+from genkit.training.sections import Sara
 
 logger = logging.getLogger("genkit.training")
 

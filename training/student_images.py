@@ -13,9 +13,9 @@ from genkit.eval.processes import per_image
 from genkit.rng import ItemRNG, hash_seed
 from genkit.step_annealing import StepAnnealer, as_written
 from genkit.training.build import Run
-from genkit.training.config import Sampling
 from genkit.training.objectives.base import Objective
 from genkit.training.samples import check_steps, draw
+from genkit.training.sections import Sampling
 
 
 def student_images(

@@ -15,7 +15,7 @@ from genkit.networks.dit import DiT
 from genkit.pipelines import ClassConditionalPipeline, TextToImagePipeline
 from genkit.testing import tiny
 from genkit.training.adapters import add_lora, base_network, save_lora
-from genkit.training.config import Adapter
+from genkit.training.sections import Adapter
 
 
 def make(kind):

@@ -16,7 +16,7 @@ from genkit.sara import add_sara, sara_layers
 from genkit.sara_files import SparseAdapter
 from genkit.testing import tiny
 from genkit.training.adapters import add_lora, base_network, save_lora
-from genkit.training.config import Adapter
+from genkit.training.sections import Adapter
 
 
 def make(kind):

@@ -11,10 +11,10 @@ from genkit.interpolants import Linear
 from genkit.rng import ItemRNG
 from genkit.testing import tiny
 from genkit.training import checkpoint
-from genkit.training.config import validate
 from genkit.training.export import export
 from genkit.training.objectives.apex import Apex, ApexConfig
 from genkit.training.objectives.base import Batch
+from genkit.training.validation import validate
 
 
 class Branches(nn.Module):

@@ -15,10 +15,11 @@ from genkit import cli
 from genkit.testing import tiny
 from genkit.training.build import build
 from genkit.training.card import usage
-from genkit.training.config import Named, TrainConfig
+from genkit.training.config import TrainConfig
 from genkit.training.distill import Recipe, _few_steps, choose, distill, recipes
 from genkit.training.few_steps import STEPS
 from genkit.training.memory import footprints, optimizer_states
+from genkit.training.sections import Named
 
 SMALL = ["global_batch_size=2", "gradient_accumulation_steps=1", "checkpointing_steps=2", "ema.decays=[0.5]"]
 RANK = ["adapter.rank=2", "adapter.alpha=2"]

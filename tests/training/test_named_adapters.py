@@ -8,7 +8,7 @@ from genkit.interpolants import Linear
 from genkit.networks.dit import DiT
 from genkit.testing import tiny
 from genkit.training import adapters
-from genkit.training.config import Adapter
+from genkit.training.sections import Adapter
 
 SETTINGS = Adapter(kind="lora", rank=2, alpha=4)
 

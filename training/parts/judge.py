@@ -13,10 +13,10 @@ from genkit.latents import decoded
 from genkit.registry import lookup
 from genkit.rewards.base import Prompts, Reward
 from genkit.rewards.weighted_sum import RewardSum
-from genkit.training.config import validate
 from genkit.training.parts.leaps import connect
 from genkit.training.parts.reward_loss import RewardLoss
 from genkit.training.parts.trends import Trends
+from genkit.training.validation import validate
 
 Clamp = Literal["straight_through", "hard"]
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from genkit.denoisers.base import Denoiser
 from genkit.sara import sara_layers
 from genkit.training.adapters import adapter_names, adapter_weights, add_adapter, base_network, using, without_adapter
-from genkit.training.config import Adapter
 from genkit.training.objectives.base import Role
 from genkit.training.parts.apex_targets import next_decay
+from genkit.training.sections import Adapter
 
 NAME = "reference"
 

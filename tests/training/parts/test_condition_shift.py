@@ -13,9 +13,9 @@ from genkit.interpolants import Linear
 from genkit.networks.dit import DiT
 from genkit.testing import tiny
 from genkit.training import adapters
-from genkit.training.config import Adapter
 from genkit.training.parts import condition_shift
 from genkit.training.parts.condition_shift import ConditionShiftConfig, TimeSignConfig
+from genkit.training.sections import Adapter
 
 ARGUMENTS = dict(sd15=dict(prompt=["a", "b"]), sd3=dict(prompt=["a", "b"]), flux=dict(prompt=["a", "b"]))
 ARGUMENTS |= dict(sdxl=dict(prompt=["a", "b"]), dit=dict(class_labels=[3, 7]))

@@ -10,11 +10,11 @@ from genkit.denoisers import FunctionDenoiser, from_pipeline
 from genkit.interpolants import Linear
 from genkit.testing import tiny
 from genkit.training.adapters import add_lora, base_network
-from genkit.training.config import Adapter
 from genkit.training.export import export
 from genkit.training.objectives.base import DivergedError
 from genkit.training.objectives.draft import DRaFT
 from genkit.training.parts.trends import Trends, distance_from_start
+from genkit.training.sections import Adapter
 from tests.training.reward_toys import batch, losses, named, objective
 
 RISING, FALLING = torch.linspace(0, 1, 20), torch.linspace(1, 0, 20)
