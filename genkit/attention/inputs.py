@@ -98,7 +98,15 @@ def check_tangents(inputs: Inputs, tq: Tensor | None, tk: Tensor | None, tv: Ten
 
 def autocasts(device: torch.device) -> bool:
     """Whether autocast is on there; on some devices, such as ``meta``, there is none."""
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return _has_autocast(device.type) and torch.is_autocast_enabled(device.type)
+
+
+def _has_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
+
+
+# torch.compile takes what it says as given: up to torch 2.11 it cannot look into the function that this asks.
+_has_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _floating(name: str, x: Tensor | None) -> None:
