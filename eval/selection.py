@@ -118,10 +118,9 @@ def _ties(rows: Sequence[Row]) -> dict[str, list[float]]:
         found = find_column(rows, names)
         return None if found is None else numbers(rows, found, empty=empty)
 
-    calls, steps = column("nfe", "network_calls"), column("steps", "num_inference_steps")
-    if calls is not None:
+    if (calls := column("nfe", "network_calls")) is not None:
         ties["fewer network calls"] = calls
-    elif steps is not None:
+    elif (steps := column("steps", "num_inference_steps")) is not None:
         each = column("calls_per_step", empty=1.0) or [1.0] * len(rows)
         ties["fewer network calls"] = [n * k for n, k in zip(steps, each, strict=True)]
     if (of_head := column("head_calls")) is not None:

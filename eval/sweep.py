@@ -1,14 +1,11 @@
-"""``genkit eval sweep``: evaluate a model at every combination of steps, guidance, guider and scheduler."""
+"""``genkit eval sweep``: evaluate a model at every combination of steps, guidance, and what else it is sampled by."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from tqdm.auto import tqdm
 
 from genkit._diffusers import without_loading_bars
 from genkit.adapters import parse_adapter
@@ -20,23 +17,26 @@ from genkit.eval.generated import generated_images
 from genkit.eval.inputs import ImageSet, read_images
 from genkit.eval.metrics.base import FeatureSet, Metric
 from genkit.eval.preparation import Crop
-from genkit.eval.processes import join, own, rank_and_count
+from genkit.eval.processes import join, rank_and_count
 from genkit.eval.run import NoImages, evaluate, known_fields, open_set, possible_metrics
+from genkit.eval.runs import telling
 from genkit.eval.statistics import FeatureStats, is_statistics
 from genkit.eval.sweep_folder import SweepFolder, model_identity, reference_identity, write
+from genkit.eval.sweep_progress import Progress
 from genkit.eval.sweep_table import check_table, show_table, table
 from genkit.pipelines.base import DenoiserPipeline
-from genkit.pipelines.by_name import parse_settings
-from genkit.pipelines.commands import DTYPES, load_pipeline
+from genkit.pipelines.by_name import parse_settings, parse_steps
+from genkit.pipelines.commands import DTYPES, load_any
 from genkit.pipelines.numbered import num_classes
 from genkit.registry import unknown
+from genkit.step_annealing import KINDS, StepAnnealer
 
 
 class Sweep:
     """A model, a reference and settings that every cell has in common; :meth:`run` makes the cells that are not there.
 
     Args:
-        model: a pipeline's folder or its name on the Hub; see ``load_pipeline``.
+        model: a pipeline's folder or its name on the Hub; see ``load_any``.
         reference: what ``evaluate`` takes. Images are generated for its prompts or labels, each as often as there; for
             the classes of the model in turn where it has neither.
         output: the folder: new, empty, or of a sweep with the same settings, which then goes on.
@@ -89,7 +89,9 @@ class Sweep:
         self.prepare: dict[str, Any] = {"size": size, "crop": crop}
         path = Path(model)
         self.name = path.parent.name if path.name == "pipeline" and path.parent.name else path.name
-        self.pipe = load_pipeline(model, dtype=DTYPES[dtype])
+        self.pipe: Any = load_any(model, dtype=DTYPES[dtype])
+        if loras and not isinstance(self.pipe, DenoiserPipeline):
+            raise ValueError(f"adapters={list(adapters)}: {type(self.pipe).__name__} takes none")
         for i, (lora, scale) in enumerate(loras):
             self.pipe.load_adapter(lora, f"adapter_{i}", scale)
         self.pipe.to(device)
@@ -112,10 +114,11 @@ class Sweep:
     def run(
         self,
         *,
-        steps: Sequence[int],
+        steps: Sequence[int | StepAnnealer] = (),
         guidance: Sequence[float] = (1.0,),
         guiders: Sequence[str] = (),
         schedulers: Sequence[str] = (),
+        over: Mapping[str, Sequence[Any]] | None = None,
     ) -> tuple[SweepFolder, dict[str, str]]:
         """Evaluate every combination of the axes (see :func:`genkit.eval.cells.cells`) that is not in the folder yet.
 
@@ -123,7 +126,8 @@ class Sweep:
         goes on, and one with more values extends it. Of processes that were launched together each takes its share of
         a cell's images. Returns the folder, and by name why cells have no result: hardly an image could be used.
         """
-        wanted = cells(self.pipe, steps=steps, guidance=guidance, guiders=guiders, schedulers=schedulers)
+        axes: dict[str, Any] = {"steps": steps, "guidance": guidance, "guiders": guiders, "schedulers": schedulers}
+        wanted = cells(self.pipe, **axes, over=over, arguments=self.arguments)
         fields = known_fields(self._check(wanted), self.extractor)
         metrics = possible_metrics(self.metrics, known_fields(self.real, self.extractor), fields)
         for metric in metrics:
@@ -137,7 +141,7 @@ class Sweep:
         if isinstance(real, ImageSet) and missing:
             real = folder.reference(real, self.extractor, **common, quiet=self.quiet)
         failed: dict[str, str] = {}
-        progress = _Progress(wanted, missing, self.asked.n, self.batch_size, self.quiet)
+        progress = Progress(wanted, missing, self.asked.n, self.batch_size, self.quiet)
         for cell in missing:
             where = folder.begin(cell.name)
             try:
@@ -148,7 +152,7 @@ class Sweep:
                     extractor=self.extractor,
                     seed=self.seed,
                     intervals=self.intervals,
-                    made_with={"model": self.name, **cell.made_with, "seed": self.seed},
+                    made_with={"model": self.name, **self.arguments, **cell.made_with, "seed": self.seed},
                     output=where,
                     quiet=True,
                     **common,
@@ -165,7 +169,8 @@ class Sweep:
             room = room.parent
         for cell in wanted:
             images = self._generated(cell, room)
-            self.pipe._set_schedule(self.pipe.sample_shape(**self._sizes), cell.steps, self.device, None, None)
+            if cell.scheduler is not None:
+                self.pipe._set_schedule(self.pipe.sample_shape(**self._sizes), cell.steps, self.device, None, None)
         return images
 
     @property
@@ -173,7 +178,8 @@ class Sweep:
         return {name: self.arguments[name] for name in ("height", "width") if name in self.arguments}
 
     def _generated(self, cell: Cell, folder: Path) -> ImageSet:
-        self.pipe.register_modules(scheduler=cell.scheduler)
+        if cell.scheduler is not None:
+            self.pipe.register_modules(scheduler=cell.scheduler)
         return generated_images(
             self.pipe,
             self.asked,
@@ -188,16 +194,23 @@ class Sweep:
         )
 
 
-def _asked(pipe: DenoiserPipeline, real: ImageSet | FeatureSet, n: int | None) -> Asked:
+def _asked(pipe: Any, real: ImageSet | FeatureSet, n: int | None) -> Asked:
     if isinstance(real, FeatureSet):
         count = n if real.n is None else real.n
         if count is None:
             raise ValueError("n=None: the reference statistics do not say how many images they are of; give n")
         name = str(real.stats.meta.get("source", "statistics"))
         real = ImageSet(name, count, lambda indices: torch.empty(0), real.labels, real.prompts)
-    if real.labels is None and real.prompts is None and pipe.classic is None and num_classes(pipe.network) > 0:
-        return evenly(num_classes(pipe.network), real.n)
+    if real.labels is None and real.prompts is None and (count := _classes(pipe)) > 0:
+        return evenly(count, real.n)
     return matched(real)
+
+
+def _classes(pipe: Any) -> int:
+    """Of a network that takes labels; 0 of others."""
+    if not isinstance(pipe, DenoiserPipeline):
+        return pipe.student_class.of_pipeline(pipe).num_classes
+    return num_classes(pipe.network) if pipe.classic is None else 0
 
 
 def _is_measured(source: Any) -> bool:
@@ -206,56 +219,16 @@ def _is_measured(source: Any) -> bool:
     return is_features(source) or Path(source).is_file() and is_statistics(source)
 
 
-class _Progress:
-    """A bar over the images of all cells, with the time that is left, told by what the cells cost."""
-
-    def __init__(self, wanted: Sequence[Cell], missing: Sequence[Cell], n: int, batch_size: int, quiet: bool):
-        self.n, self.left = n, sum(cell.cost for cell in missing) * n
-        self.share, self.done = max(len(own(n, batch_size)), 1), 0.0
-        before = (len(wanted) - len(missing)) * n
-        self.bar = tqdm(
-            total=len(wanted) * n,
-            initial=before,
-            unit="image",
-            bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} images [{elapsed}{postfix}]",
-            disable=quiet or rank_and_count()[0] > 0 or None,
-        )
-        self.before = before
-
-    def of(self, cell: Cell, images: ImageSet) -> ImageSet:
-        """The images, counted the first time that they are asked for."""
-        self.bar.set_description_str(cell.name.rpartition("-")[0])
-        self.bar.n, self.before = self.before, self.before + self.n
-        asked = torch.zeros(self.n, dtype=torch.bool)
-
-        def load(indices: Tensor) -> Tensor:
-            new = int((~asked[indices]).sum()) * self.n / self.share
-            asked[indices] = True
-            loaded = images.load(indices)
-            self.done += new * cell.cost
-            rate = self.done / max(self.bar.format_dict["elapsed"], 1e-9)
-            self.bar.set_postfix_str(
-                f"{tqdm.format_interval(max(self.left - self.done, 0) / rate)} left", refresh=False
-            )
-            self.bar.update(min(round(new), self.before - self.bar.n))
-            return loaded
-
-        return replace(images, load=load)
-
-    def close(self) -> None:
-        self.bar.n = self.before
-        self.bar.close()
-
-
 def main(
     model: str,
     reference: str,
     output: Path,
     *,
-    steps: str,
+    steps: str | None = None,
     guidance: str = "1",
     guider: str | None = None,
     scheduler: str | None = None,
+    over: str = "",
     mmhm: str | None = None,
     json_path: Path | None = None,
     csv_path: Path | None = None,
@@ -277,24 +250,41 @@ def main(
         if path is not None and not path.absolute().parent.is_dir():
             raise ValueError(f"{name}={str(path)!r}: the folder {path.absolute().parent} does not exist")
     axes: dict[str, Any] = {
-        "steps": [_number("steps", text, int) for text in steps.split(",")],
+        "steps": [] if steps is None else [_steps(text) for text in split(steps)],
         "guidance": [_number("guidance", text, float) for text in guidance.split(",")],
         "guiders": [] if guider is None else split(guider),
         "schedulers": [] if scheduler is None else split(scheduler),
+        "over": _over(over),
     }
     check_table(mmhm)
     where = join(device)
     with without_loading_bars():
         asked = Sweep(model, reference, output, device=where, quiet=quiet, **settings)
     folder, failed = asked.run(**axes)
-    found = table(folder.results(), mmhm=mmhm, force=force)
+    results = folder.results()
+    found = table(results, mmhm=mmhm, force=force)
     if rank_and_count()[0] == 0:
         write(folder.folder / "results.json", json.dumps(found, indent=2) + "\n")
-        show_table(found, folder.folder, written, force=force, mmhm=mmhm, quiet=quiet)
+        told = telling([result.made_with for result in results.values()])
+        show_table(found, folder.folder, written, told=told, force=force, mmhm=mmhm, quiet=quiet)
     if failed:
         told = "; ".join(f"{name}: {why}" for name, why in failed.items())
         raise ValueError(f"{len(failed)} cells have no result, and will be tried again: {told}")
     return found
+
+
+def _steps(text: str) -> int | StepAnnealer:
+    return parse_steps(text) if text.partition(":")[0] in KINDS else _number("steps", text, int)
+
+
+def _over(text: str) -> dict[str, Sequence[Any]]:
+    axes = parse_settings("over", text)
+    for name, values in axes.items():
+        if not isinstance(values, list | tuple):
+            raise ValueError(
+                f"over: {name}={values!r}: expected a list, as {name}=[{values!r}]; one value goes into --set"
+            )
+    return axes
 
 
 def _number(axis: str, text: str, kind: type) -> Any:

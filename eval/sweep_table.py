@@ -1,13 +1,14 @@
 """The table of a sweep: a row a cell, ranked by MMHM where its metrics are there."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from genkit.eval.directions import is_shown
 from genkit.eval.mmhm import METRICS
 from genkit.eval.result import Result, differences
+from genkit.eval.runs import COSTS
 from genkit.eval.selection import ALIASES, canonical, parse_metrics, rank_rows, told
 from genkit.eval.tables import Row, find_column, protocol, row_of, write_csv
 
@@ -18,8 +19,8 @@ _MEASURED_BY = {
     "clip_score": "--metrics reward:clip_score",
     "pick_score": "--metrics reward:pick_score",
 }
-# What tells the rows of a sweep apart, and what they cost.
-_SETTINGS = ("scheduler", "guider", "guidance_scale", "steps", "nfe")
+# What tells the rows of most sweeps apart.
+_SETTINGS = ("scheduler", "guider", "guidance_scale", "steps")
 
 
 def check_table(mmhm: str | None) -> None:
@@ -53,9 +54,9 @@ def table(results: Mapping[str, Result], *, mmhm: str | None = None, force: bool
 
 
 def _order(row: Row) -> tuple:
-    return tuple(str(row.get(k) or "") for k in ("model", "scheduler", "guider")) + tuple(
-        float(row.get(k) or 0) for k in ("guidance_scale", "steps")
-    )
+    names, steps = tuple(str(row.get(k) or "") for k in ("model", "scheduler", "guider")), row.get("steps") or 0
+    falling = isinstance(steps, str)  # after the numbers
+    return *names, float(row.get("guidance_scale") or 0), falling, steps
 
 
 def _advice(lacking: list[str], rows: list[Row], mmhm: str | None) -> str:
@@ -71,12 +72,15 @@ def show_table(
     folder: Path,
     written: Mapping[str, Path | None],
     *,
+    told: Sequence[str],
     force: bool,
     mmhm: str | None,
     quiet: bool,
 ) -> None:
-    """Write ``results.csv`` beside the cells, copies and the page where asked for, and print unless ``quiet``."""
+    """Write ``results.csv`` beside the cells, copies and the page where asked for, and print unless ``quiet``.
 
+    ``told``: the settings that tell cells apart.
+    """
     write_csv(folder / "results.csv", found["rows"])
     if written["csv"] is not None:
         write_csv(written["csv"], found["rows"])
@@ -89,10 +93,10 @@ def show_table(
         write_page([folder], written["html"], mmhm=mmhm if ranked else None, force=force, quiet=True)
     if quiet:
         return
-    _print(found, folder)
+    _print(found, folder, told)
 
 
-def _print(found: Mapping[str, Any], folder: Path) -> None:
+def _print(found: Mapping[str, Any], folder: Path, settings: Sequence[str]) -> None:
     from rich.console import Console
 
     from genkit.eval.terminal import print_rows
@@ -101,7 +105,7 @@ def _print(found: Mapping[str, Any], folder: Path) -> None:
     ranked = bool(rows) and "mmhm" in rows[0]
     every = dict.fromkeys(name for row in rows for name in row)
     names = {"mmhm_rank": "rank", "mmhm": "MMHM"} if ranked else {}
-    names |= {k: k.replace("_", " ") for k in _SETTINGS if k in every}
+    names |= {k: k.replace("_", " ") for k in dict.fromkeys((*_SETTINGS, *settings, *COSTS)) if k in every}
     metrics = {k: k for k in every if canonical(k) in found.get("metrics", {})}
     names |= metrics | {k: k for k in every if is_shown(k)}
     console = Console()

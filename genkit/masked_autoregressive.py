@@ -141,6 +141,10 @@ class MaskedAutoregressive(Student):
     def check(self, settings: MARSampling) -> None:
         self._plan(settings)
 
+    def cost(self, settings: MARSampling) -> float:
+        counts, steps = self._plan(settings)
+        return (len(counts) + sum(steps)) * super().cost(settings)
+
     def _plan(self, settings: MARSampling) -> tuple[list[int], list[int]]:
         """How many tokens each step draws, and by how many steps of the head."""
         num_ar_steps = min(64, self.length) if settings.num_ar_steps is None else settings.num_ar_steps

@@ -70,6 +70,10 @@ class Student(ABC):
         ``sampling_class``, in themselves in order."""
         return
 
+    def cost(self, settings: Any) -> float:
+        """About how much a sample costs that is drawn by these settings, beside others of this network."""
+        return 1.0 if settings.guidance_scale == 1 else 2.0
+
     @abstractmethod
     def draw(self, rng: ItemRNG, condition: Condition, num_inference_steps: int | StepAnnealer | None = None) -> Tensor:
         """Samples ``(B, *shape)``, float32, one a row of ``rng``, without guidance; a function of its row alone."""

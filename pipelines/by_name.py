@@ -55,6 +55,8 @@ def _keywords(text: str) -> dict[str, Any]:
 
 
 def _value(node: ast.expr) -> Any:
+    if isinstance(node, ast.List):
+        return [_value(element) for element in node.elts]
     return node.id if isinstance(node, ast.Name) else ast.literal_eval(node)
 
 

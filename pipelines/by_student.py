@@ -48,10 +48,18 @@ def arguments_of(pipe: Any, num_inference_steps: int | StepAnnealer | None, extr
         raise ValueError(
             f"num_inference_steps={num_inference_steps}: a pipeline of the class {type(pipe).__name__} takes none"
         )
-    accepted = {field.name for field in fields(pipe.sampling_class)}
-    settings = pipe.sampling_class(**{name: value for name, value in arguments.items() if name in accepted})
-    pipe.student_class.of_pipeline(pipe).check(settings)
+    pipe.student_class.of_pipeline(pipe).check(sampling_of(pipe, arguments))
     return arguments
+
+
+def sampling_of(pipe: Any, arguments: Mapping[str, Any]) -> Any:
+    """Those of the arguments of a call that say how samples are drawn, as the pipeline's ``sampling_class``.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+    accepted = {field.name for field in fields(pipe.sampling_class)}
+    return pipe.sampling_class(**{name: value for name, value in arguments.items() if name in accepted})
 
 
 def labels_of(pipe: Any, labels: Sequence[str]) -> list[int]:

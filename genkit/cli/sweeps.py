@@ -28,7 +28,13 @@ def sweep(
     model: Model,
     reference: Reference,
     output: Annotated[Path, typer.Option(help="Folder for the sweep; one of the same settings goes on.")],
-    steps: Annotated[str, typer.Option(help="Numbers of steps: 1,2,4,25.")],
+    steps: Annotated[
+        str | None,
+        typer.Option(
+            help="Numbers of steps: 1,2,4,25; of a diffusion head also falling ones: 20,linear:hi=50,lo=5. Needed, but "
+            "by networks that draw tokens."
+        ),
+    ] = None,
     guidance: Annotated[str, typer.Option(help="Guidance scales: 1,1.5,3,7; 1 is no guidance.")] = "1",
     guider: Annotated[
         str | None, typer.Option(help="Guiders, with settings but no scale: cfg,apg:eta=0. By default cfg.")
@@ -36,6 +42,12 @@ def sweep(
     scheduler: Annotated[
         str | None, typer.Option(help="Schedulers, with settings: pndm,DDIMScheduler. By default the pipeline's own.")
     ] = None,
+    over: Annotated[
+        str,
+        typer.Option(
+            help="Of networks that draw tokens: more settings, with values: top_k=[0,50],temperature=[0.9,1]."
+        ),
+    ] = "",
     metrics: MetricNames = None,
     extractor: Extractor = "digits",
     n: Annotated[
@@ -76,6 +88,7 @@ def sweep(
         guidance=guidance,
         guider=guider,
         scheduler=scheduler,
+        over=over,
         metrics=None if metrics is None else split(metrics),
         extractor=extractor,
         n=n,

@@ -3,6 +3,7 @@ from diffusers import DDIMScheduler
 
 from genkit.eval.cells import cells
 from genkit.guidance.cfg import CFG
+from genkit.step_annealing import StepAnnealer
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +68,8 @@ def test_a_distilled_scale_is_told_to_the_network(pipe, monkeypatch):
         (dict(steps=[]), "steps: no value"),
         (dict(steps=[1], guidance=[]), "guidance: no value"),
         (dict(steps=[0]), "steps=0: must be at least 1"),
+        (dict(steps=[StepAnnealer(4, 2)]), "steps=linear:hi=4,lo=2: steps that fall are those of a diffusion head"),
+        (dict(steps=[1], over={"eta": [0, 1]}), "the axes of ClassConditionalPipeline are steps, guidance, guider"),
         (dict(steps=[1, 1]), "steps: 1 is named twice"),
         (dict(steps=[1], guidance=[2, 2.0]), "guidance: 2 is named twice"),
         (dict(steps=[1], guidance=[2], guiders=["cgf"]), "guider='cgf' is not known; did you mean 'cfg'"),

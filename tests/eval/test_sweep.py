@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from typer.testing import CliRunner
 
 from genkit import cli
-from genkit.eval import generated, sweep
+from genkit.eval import generated, sweep_progress
 from genkit.eval.asked import matched
 from genkit.eval.generated import generated_images
 from genkit.eval.inputs import drawn, read_images
@@ -330,7 +330,7 @@ def test_the_bar_counts_every_image_and_tells_the_time_left(model, tmp_path, mon
         def __init__(self, **settings):
             super().__init__(**{**settings, "file": shown, "mininterval": 0, "ncols": 200, "disable": False})
 
-    monkeypatch.setattr(sweep, "tqdm", Shown)
+    monkeypatch.setattr(sweep_progress, "tqdm", Shown)
     sweeper = Sweep(model, "digits", tmp_path / "sweep", n=40, batch_size=16, quiet=True)
     sweeper.run(steps=[1, 2], guidance=[1.0, 3.0])
     text = shown.getvalue()
