@@ -18,7 +18,8 @@ from genkit.eval.extractors.base import get_extractor
 from genkit.eval.inputs import ImageSet
 from genkit.eval.metrics.base import FeatureSet, get_metric
 from genkit.eval.processes import rank_and_count
-from genkit.eval.run import NoImages, evaluate, measure, open_set
+from genkit.eval.run import NoImages, evaluate, measure
+from genkit.eval.sources import open_set
 from genkit.training import checkpoint
 from genkit.training.build import Run, build
 from genkit.training.config import TrainConfig
