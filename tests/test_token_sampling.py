@@ -36,6 +36,14 @@ def test_what_is_kept(settings, expected):
     assert kept(FIVE, **settings) == pytest.approx(expected, abs=1e-12)
 
 
+def test_what_comes_before_is_compared_with_the_share_itself():
+    """A token is kept that exactly the share comes before; binary fractions are exact."""
+    halves = [0.5, 0.25, 0.125, 0.125]
+    assert kept(halves, top_p=0.5) == pytest.approx([2 / 3, 1 / 3, 0, 0], abs=1e-12)
+    assert kept(halves, top_p=0.75) == pytest.approx([4 / 7, 2 / 7, 1 / 7, 0], abs=1e-12)
+    assert kept(halves, top_p=0.4999) == [1, 0, 0, 0]
+
+
 def test_ties_with_the_last_of_the_k_are_kept():
     assert kept([0.4, 0.2, 0.2, 0.2], top_k=2) == pytest.approx([0.4, 0.2, 0.2, 0.2], abs=1e-12)
 

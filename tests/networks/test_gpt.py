@@ -18,7 +18,15 @@ def small(**changes):
 
 
 @pytest.mark.parametrize(
-    "layers, hidden, heads, millions", [(12, 768, 12, 110.89), (24, 1024, 16, 342.91), (36, 1280, 20, 774.70)]
+    "layers, hidden, heads, millions",
+    [
+        (12, 768, 12, 110.89),
+        (24, 1024, 16, 342.91),
+        (36, 1280, 20, 774.70),
+        (48, 1536, 24, 1410.97),
+        (24, 3200, 32, 3096.66),
+    ],
+    ids=["B", "L", "XL", "XXL", "3B"],
 )
 def test_published_sizes(layers, hidden, heads, millions):
     with torch.device("meta"):
@@ -26,7 +34,7 @@ def test_published_sizes(layers, hidden, heads, millions):
     assert sum(p.numel() for p in network.parameters()) / 1e6 == pytest.approx(millions, abs=0.006)
 
 
-@pytest.mark.parametrize("vocab, loss", [(16384, 9.704061), (17, math.log(17))])
+@pytest.mark.parametrize("vocab, loss", [(16384, 9.704061), (262144, 12.476649), (17, math.log(17))])
 def test_untrained_loss(vocab, loss):
     network = GPT(vocab, 2, 10, 16, 1, 2)
     tokens = torch.randint(vocab, (3, 4))

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from genkit.quantizers import make
 from genkit.quantizers.fvq import default_group_size, sincos
@@ -76,11 +77,17 @@ def test_published_initial_weights():
     assert quantizer.blocks[0].up.weight.shape == (32, 16) and len(quantizer.blocks) == 2
 
 
-def test_the_size_of_the_published_bridge():
-    """3.15 M weights at D = d' = 256 and g = 16, raw codes apart."""
-    quantizer = make("fvq", dim=256, codebook_size=16384)
+@pytest.mark.parametrize(
+    ("k", "group", "millions", "gmac"), [(16384, 16, 3.15, 4.29), (65536, 64, 9.46, 10.7)], ids=["16k", "65k"]
+)
+def test_the_size_and_cost_of_the_published_bridge(k, group, millions, gmac):
+    """At D = d' = 256: weights, raw codes apart, and multiplications of one step, whatever the batch."""
+    quantizer = make("fvq", dim=256, codebook_size=k).to("meta")
     count = sum(p.numel() for n, p in quantizer.named_parameters() if n != "embedding")
-    assert quantizer.group_size == 16 and round(count / 1e6, 2) == 3.15
+    assert quantizer.group_size == group and round(count / 1e6, 2) == millions
+    with FlopCounterMode(display=False) as counter:
+        quantizer.table()
+    assert counter.get_total_flops() / 2e9 == pytest.approx(gmac, rel=0.005)
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,16 @@ def test_averages_without_memory_are_the_means_of_clusters():
     assert torch.equal(found.z_q.detach()[0], z[0] + (before[found.indices[0]] - z[0]))
 
 
+def test_smoothing_does_not_show_where_clusters_are_large():
+    """With ``e = 1e-5`` the averages without memory are the means to 1e-7."""
+    quantizer = make("vq", dim=3, codebook_size=8, rule="ema", decay=0.0, init="normal").double()
+    z = torch.randn(1, 20_000, 3, dtype=torch.float64)
+    indices = quantizer(z).indices
+    wanted = torch.stack([z[indices == k].mean(0) for k in range(8)])
+    assert indices.unique(return_counts=True)[1].min() > 500
+    torch.testing.assert_close(quantizer.embedding, wanted, rtol=0, atol=1e-7)
+
+
 def test_averages_follow_the_published_rule():
     quantizer = make("vq", dim=3, codebook_size=5, rule="ema", decay=0.9, init="normal").double()
     n, m = torch.ones(5, dtype=torch.float64), quantizer.embedding.clone()
