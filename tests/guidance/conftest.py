@@ -4,6 +4,7 @@ import pytest
 import torch
 from diffusers import StableDiffusion3AutoBlocks, StableDiffusionXLAutoBlocks
 
+from genkit.guidance import attach
 from genkit.testing import tiny
 
 BLOCKS = {"sd3": StableDiffusion3AutoBlocks, "sdxl": StableDiffusionXLAutoBlocks}
@@ -40,6 +41,18 @@ def run_pipeline():
         arguments = {k: v for k, v in (arguments | changes).items() if v is not None}
         output = pipe(**arguments).images
         return output if isinstance(output, torch.Tensor) else torch.from_numpy(output)
+
+    return run
+
+
+@pytest.fixture
+def run_modular(modular_pipeline, run_pipeline):
+    """``run(name, guider)``: as ``run_pipeline``, of a modular pipeline that the guider is attached to."""
+
+    def run(name, guider):
+        _, modular = modular_pipeline(name)
+        attach(modular, guider)
+        return run_pipeline(modular, name)
 
     return run
 

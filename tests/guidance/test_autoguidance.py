@@ -8,7 +8,6 @@ from dataclasses import replace
 import diffusers
 import pytest
 import torch
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from safetensors.torch import load_file
 
 from genkit.denoisers import FunctionDenoiser, from_pipeline
@@ -23,7 +22,8 @@ from genkit.sampling import sample
 from genkit.testing import tiny
 from genkit.testing.oracles import Gaussian, GaussianMixture
 from tests.guidance.test_guiders import condition, field, noise, walk
-from tests.guidance.test_hooks import Moves, own_inputs
+from tests.guidance.test_hooks import Moves
+from tests.guidance.ways import own_inputs, own_latents
 
 F64 = torch.float64
 T = torch.tensor(0.6, dtype=F64)
@@ -139,7 +139,7 @@ def weak_network(name):
 
 @pytest.mark.parametrize("rule", RULES, ids=["alone", "cfg"])
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3"])
-def test_three_ways_make_the_same_latents(name, rule, tiny_pipeline, modular_pipeline, run_pipeline, relative):
+def test_three_ways_make_the_same_latents(name, rule, tiny_pipeline, run_modular, run_pipeline, relative):
     pipe = tiny_pipeline(name)
     guider = Autoguidance(guidance_scale=2.5, rule=rule).using(weak=weak_network(name))
     with guided(pipe, guider) as run:
@@ -153,9 +153,7 @@ def test_three_ways_make_the_same_latents(name, rule, tiny_pipeline, modular_pip
     assert relative(own, hooked) < 1e-5
     assert denoiser.calls == (6 if rule is None else 9)
     if name != "sd15":  # which has no modular pipeline
-        _, modular = modular_pipeline(name)
-        attach(modular, guider)
-        assert relative(run_pipeline(modular, name), hooked) < 1e-5
+        assert relative(run_modular(name, guider), hooked) < 1e-5
 
 
 @pytest.mark.parametrize("rule", RULES, ids=["alone", "cfg"])
@@ -164,15 +162,11 @@ def test_flux(rule, tiny_pipeline, run_pipeline, relative):
     guider = Autoguidance(guidance_scale=2.5, rule=rule).using(weak=weak_network("flux"))
     with guided(pipe, guider):
         hooked = run_pipeline(pipe, "flux")
-    denoiser = from_pipeline(pipe)
-    cond = denoiser.encode(pipe, "a cat", negative_prompt="two dogs", max_sequence_length=16)
-    x = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
-    pipe.scheduler.set_timesteps(sigmas=[1, 2 / 3, 1 / 3], mu=calculate_shift(64, 256, 4096, 0.5, 1.15))
-    own = pack(sample(denoiser, pipe.scheduler, x, cond, guider=guider))
-    assert relative(own, hooked) < 1e-5
+    assert relative(own_latents(pipe, "flux", guider), hooked) < 1e-5
     if rule is None:  # no unconditional branch is needed: guidance-distilled networks can be guided so
+        x, _ = own_inputs(pipe, "flux")
+        denoiser = from_pipeline(pipe)
         single = denoiser.encode(pipe, "a cat", max_sequence_length=16)
-        pipe.scheduler.set_timesteps(sigmas=[1, 2 / 3, 1 / 3], mu=calculate_shift(64, 256, 4096, 0.5, 1.15))
         assert relative(pack(sample(denoiser, pipe.scheduler, x, single, guider=guider)), hooked) < 1e-5
 
 

@@ -7,17 +7,15 @@ import textwrap
 import diffusers
 import pytest
 import torch
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
 from genkit.denoisers import FunctionDenoiser, from_pipeline
 from genkit.denoisers.base import Condition
-from genkit.denoisers.flux import pack
 from genkit.guidance import APG, CFG, Point, attach, guided
 from genkit.guidance.cfg_mp import CFGMP, anderson_step, fixed_point
 from genkit.interpolants import Linear, from_scheduler
 from genkit.sampling import sample
 from genkit.testing.oracles import Gaussian, two_class_mixture
-from tests.guidance.test_hooks import own_inputs
+from tests.guidance.ways import own_latents
 
 F64 = torch.float64
 EXACT = dict(ridge=0.0, tolerance=0.0)
@@ -353,7 +351,7 @@ SETTINGS = dict(guidance_scale=3.0, projection_stop=0.8, ridge=0.01, tolerance=0
 
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3"])
-def test_three_ways_make_the_same_latents(name, tiny_pipeline, modular_pipeline, run_pipeline, relative):
+def test_three_ways_make_the_same_latents(name, tiny_pipeline, run_modular, run_pipeline, relative):
     pipe = tiny_pipeline(name)
     guider = CFGMP(**SETTINGS)
     with guided(pipe, guider) as run:
@@ -365,26 +363,18 @@ def test_three_ways_make_the_same_latents(name, tiny_pipeline, modular_pipeline,
     assert calls.tolist() == [2 + 3 + 2 if a else 2 for a in acted]
     with guided(pipe, CFG(guidance_scale=3.0)):
         assert relative(run_pipeline(pipe, name), hooked) > 1e-3
-    x, condition = own_inputs(pipe, name)
-    own = sample(from_pipeline(pipe), pipe.scheduler, x, condition, guider=guider)
+    own = own_latents(pipe, name, guider)
     assert guider.stats()["network_calls"].tolist() == [6 if a else 2 for a in acted]
     assert relative(own, hooked) < 1e-5
     if name != "sd15":  # which has no modular pipeline
-        _, modular = modular_pipeline(name)
-        attach(modular, guider)
-        assert relative(run_pipeline(modular, name), hooked) < 1e-5
+        assert relative(run_modular(name, guider), hooked) < 1e-5
 
 
 def test_flux_packed_and_not(tiny_pipeline, run_pipeline, relative):
     pipe, guider = tiny_pipeline("flux"), CFGMP(**SETTINGS)
     with guided(pipe, guider):
         hooked = run_pipeline(pipe, "flux")
-    denoiser = from_pipeline(pipe)
-    cond = denoiser.encode(pipe, "a cat", negative_prompt="two dogs", max_sequence_length=16)
-    x = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
-    pipe.scheduler.set_timesteps(sigmas=[1, 2 / 3, 1 / 3], mu=calculate_shift(64, 256, 4096, 0.5, 1.15))
-    own = pack(sample(denoiser, pipe.scheduler, x, cond, guider=guider))
-    assert relative(own, hooked) < 1e-5
+    assert relative(own_latents(pipe, "flux", guider), hooked) < 1e-5
     with guided(pipe, CFG(guidance_scale=3.0)):
         assert relative(run_pipeline(pipe, "flux"), hooked) > 1e-3
 

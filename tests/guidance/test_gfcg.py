@@ -8,7 +8,6 @@ import accelerate
 import diffusers
 import pytest
 import torch
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from safetensors.torch import load_file
 from torch import nn
 from transformers import CLIPConfig, CLIPModel
@@ -16,7 +15,6 @@ from transformers import CLIPConfig, CLIPModel
 import genkit
 from genkit.denoisers import FunctionDenoiser, from_pipeline
 from genkit.denoisers.base import Condition
-from genkit.denoisers.flux import pack
 from genkit.guidance import CFG, Point, attach, guided
 from genkit.guidance.autoguidance import Autoguidance
 from genkit.guidance.gfcg import GFCG, SCALE_RULES, reference_class
@@ -29,7 +27,7 @@ from genkit.sampling import sample
 from genkit.testing import tiny
 from genkit.testing.oracles import GaussianMixture
 from tests.guidance.test_autoguidance import weak_network
-from tests.guidance.test_hooks import own_inputs
+from tests.guidance.ways import own_inputs, own_latents
 
 F64 = torch.float64
 MEANS = torch.tensor([[2.0, 0.0], [-1.0, 1.7], [-1.0, -1.7]], dtype=F64)
@@ -360,14 +358,8 @@ def prompted(pipe, name, desired=0, **settings):
     return GFCG(**dict(strength=4.0) | settings).using(**given)
 
 
-def flux_inputs(pipe):
-    condition = from_pipeline(pipe).encode(pipe, "a cat", negative_prompt="two dogs", max_sequence_length=16)
-    pipe.scheduler.set_timesteps(sigmas=[1, 2 / 3, 1 / 3], mu=calculate_shift(64, 256, 4096, 0.5, 1.15))
-    return torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)), condition
-
-
 @pytest.mark.parametrize(("name", "settings"), WAYS, ids=[f"{n}-{s['mode']}" for n, s in WAYS])
-def test_three_ways_make_the_same_latents(name, settings, tiny_pipeline, modular_pipeline, run_pipeline, relative):
+def test_three_ways_make_the_same_latents(name, settings, tiny_pipeline, run_modular, run_pipeline, relative):
     pipe = tiny_pipeline(name)
     guider = prompted(pipe, name, **settings)
     with guided(pipe, guider) as run:
@@ -377,14 +369,10 @@ def test_three_ways_make_the_same_latents(name, settings, tiny_pipeline, modular
     assert (stats["reference"] >= 0).any() and (stats["scale"] > 1.05).any()
     with guided(pipe, CFG(guidance_scale=settings.get("guidance_scale", 1.0))):
         assert relative(run_pipeline(pipe, name), hooked) > 1e-3
-    x, condition = flux_inputs(pipe) if name == "flux" else own_inputs(pipe, name)
-    own = sample(from_pipeline(pipe), pipe.scheduler, x, condition, guider=guider)
-    assert relative(pack(own) if name == "flux" else own, hooked) < 1e-5
+    assert relative(own_latents(pipe, name, guider), hooked) < 1e-5
     torch.testing.assert_close(guider.stats()["p_desired"], stats["p_desired"], rtol=1e-3, atol=1e-3, equal_nan=True)
     if name in ("sdxl", "sd3"):
-        _, modular = modular_pipeline(name)
-        attach(modular, guider)
-        assert relative(run_pipeline(modular, name), hooked) < 1e-5
+        assert relative(run_modular(name, guider), hooked) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["sd15", "sd3"])

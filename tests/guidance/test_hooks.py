@@ -10,8 +10,8 @@ from peft import LoraConfig, get_peft_model
 
 from genkit.denoisers.network import from_pipeline
 from genkit.guidance import APG, CFG, Guided, Guider, guided
-from genkit.sampling import sample
 from genkit.testing import tiny
+from tests.guidance.ways import own_latents
 
 ALL = pytest.mark.parametrize("name", tiny.NAMES)
 BOTH = pytest.mark.parametrize("name", ["sd3", "sdxl"])
@@ -74,24 +74,13 @@ def test_batches_and_repeated_runs(name, tiny_pipeline, run_pipeline, relative):
     assert (first - run_pipeline(pipe, name, **prompts | dict(generator=prompts["generator"]))).abs().max() > 1e-3
 
 
-def own_inputs(pipe, name):
-    """The noise and the condition of ``run_pipeline``."""
-    settings = {"sd3": dict(max_sequence_length=16), "sdxl": dict(height=32, width=32), "sd15": {}}[name]
-    condition = from_pipeline(pipe).encode(pipe, "a cat", negative_prompt="two dogs", **settings)
-    x = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
-    pipe.scheduler.set_timesteps(3)
-    return x * getattr(pipe.scheduler, "init_noise_sigma", 1), condition
-
-
 @BOTH
 def test_own_loop_makes_the_same_latents(name, tiny_pipeline, run_pipeline, relative):
     pipe = tiny_pipeline(name)
     guider = APG(guidance_scale=9.0, norm_threshold=2.0)
     with guided(pipe, guider):
         hooked = run_pipeline(pipe, name)
-    x, condition = own_inputs(pipe, name)
-    own = sample(from_pipeline(pipe), pipe.scheduler, x, condition, guider=guider)
-    assert relative(own, hooked) < 1e-5
+    assert relative(own_latents(pipe, name, guider), hooked) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -385,11 +374,7 @@ def test_a_guider_that_moves_the_sample(name, tiny_pipeline, run_pipeline, relat
     assert run.stats()["network_calls"].tolist() == [4, 4, 4]
     with guided(pipe, CFG(guidance_scale=3.0)):
         assert relative(run_pipeline(pipe, name), hooked) > 1e-3
-    if name == "flux":  # whose latents are packed
-        return
-    x, condition = own_inputs(pipe, name)
-    own = sample(from_pipeline(pipe), pipe.scheduler, x, condition, guider=guider)
-    assert relative(own, hooked) < 1e-5
+    assert relative(own_latents(pipe, name, guider), hooked) < 1e-5
 
 
 def test_a_guider_that_moves_the_sample_refuses_a_scheduler_with_memory(tiny_pipeline):

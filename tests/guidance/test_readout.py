@@ -9,20 +9,18 @@ import accelerate
 import diffusers
 import pytest
 import torch
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from genkit.denoisers import FunctionDenoiser, from_pipeline
 from genkit.denoisers.base import Condition
-from genkit.denoisers.flux import pack
-from genkit.guidance import APG, CFG, Point, attach, guided
+from genkit.guidance import APG, CFG, Point, guided
 from genkit.guidance.readout import AppearanceTarget, CorrespondenceTarget, Readout, SpatialTarget, direction
 from genkit.guidance.readout_targets import correspondence_loss, resized, unit
 from genkit.interpolants import Linear
 from genkit.networks.readout_head import ReadoutHead, capture
 from genkit.sampling import sample
-from tests.guidance.test_hooks import own_inputs
+from tests.guidance.ways import own_inputs, own_latents
 
 F64 = torch.float64
 SMALL = dict(projection_dim=24, norm_num_groups=2)
@@ -339,7 +337,7 @@ def test_half_precision_keeps_small_gradients(dtype, sd15):
 @pytest.mark.parametrize("update", ["adam_sign", "normalised"])
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3"])
 def test_three_ways_make_the_same_latents(
-    name, update, tiny_pipeline, modular_pipeline, run_pipeline, relative, monkeypatch
+    name, update, tiny_pipeline, run_modular, run_pipeline, relative, monkeypatch
 ):
     pipe = tiny_pipeline(name)
     guider = made(pipe, update=update)
@@ -351,13 +349,9 @@ def test_three_ways_make_the_same_latents(
     assert stats["network_calls"].tolist() == [8.0 if a else 2.0 for a in acted]
     with guided(pipe, CFG(guidance_scale=3.0)):
         assert relative(run_pipeline(pipe, name), hooked) > 1e-2
-    x, cond = own_inputs(pipe, name)
-    own = sample(from_pipeline(pipe), pipe.scheduler, x, cond, guider=guider)
-    assert relative(own, hooked) < 1e-5
+    assert relative(own_latents(pipe, name, guider), hooked) < 1e-5
     if name != "sd15":  # which has no modular pipeline
-        _, modular = modular_pipeline(name)
-        attach(modular, guider)
-        assert relative(run_pipeline(modular, name), hooked) < 1e-5
+        assert relative(run_modular(name, guider), hooked) < 1e-5
 
 
 @pytest.mark.parametrize("update", ["normalised", "gradient"])
@@ -367,13 +361,7 @@ def test_flux_packed_and_not(update, tiny_pipeline, run_pipeline, relative):
     with guided(pipe, guider) as run:
         hooked = run_pipeline(pipe, "flux", output_type="latent")
     assert (run.stats()["loss_move"].isfinite().sum()) >= 2
-    denoiser = from_pipeline(pipe)
-    cond = denoiser.encode(pipe, "a cat", negative_prompt="two dogs", max_sequence_length=16)
-    x = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
-    mu = calculate_shift(64, 256, 4096, 0.5, 1.15)
-    pipe.scheduler.set_timesteps(sigmas=[1, 2 / 3, 1 / 3], mu=mu)
-    own = pack(sample(denoiser, pipe.scheduler, x, cond, guider=guider))
-    assert relative(own, hooked) < 1e-5
+    assert relative(own_latents(pipe, "flux", guider), hooked) < 1e-5
     with guided(pipe, CFG(guidance_scale=3.0)):
         assert relative(run_pipeline(pipe, "flux", output_type="latent"), hooked) > 1e-3
 
