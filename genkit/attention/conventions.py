@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from genkit.attention.sdpa import scaled_dot_product_attention
 
@@ -81,7 +82,7 @@ def of_user(name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]
             given["enable_gqa"] = True
         elif enable_gqa:
             key, value = (x.repeat_interleave(query.shape[2] // x.shape[2], dim=2) for x in (key, value))
-        return function(query, key, value, **given)
+        return _with_tangent(name, function(query, key, value, **given), query, key, value)
 
     attend.takes = takes  # type: ignore[attr-defined]
     return attend
@@ -116,9 +117,24 @@ def from_diffusers(name: str, function: Callable, takes: set[str]) -> Callable[.
             return compute(q, k, v, mask, dropout_p, is_causal, scale)[:, 0]
         if query.shape[1] != key.shape[1]:
             key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
-        return function(*(x.transpose(1, 2) for x in (query, key, value)), **given).transpose(1, 2)
+        o = function(*(x.transpose(1, 2) for x in (query, key, value)), **given).transpose(1, 2)
+        return _with_tangent(name, o, query, key, value)
 
     return compute
+
+
+class LostTangent(RuntimeError):
+    """A backend was given tangents and returned none, which PyTorch takes for a tangent of zero."""
+
+
+def _with_tangent(name: str, o: Tensor, *inputs: Tensor) -> Tensor:
+    if forward_ad._current_level >= 0 and not _moves(o) and any(map(_moves, inputs)):
+        raise LostTangent(f"attention backend {name!r} loses tangents; take 'genkit', by use(model, tangent=True)")
+    return o
+
+
+def _moves(x: Tensor) -> bool:
+    return forward_ad.unpack_dual(x).tangent is not None
 
 
 def from_transformers(compute: Callable[..., Tensor]) -> Callable:

@@ -75,6 +75,8 @@ def _problem(attend, mode, device, dtype, head_size, tangent, gradient, masked) 
     try:
         with torch.enable_grad() if gradient else torch.no_grad(), torch.autocast(device.type, enabled=False):
             found = _results(lambda q, k, v: attend(q, k, v, attn_mask=mask), x, tangent, gradient)
+    except conventions.LostTangent:
+        return "it loses tangents"
     except Exception as error:  # kernels raise whatever they like
         text = (str(error).strip() or type(error).__name__).splitlines()[0]
         return f"no forward mode ({text})" if tangent and "forward AD" in str(error) else text

@@ -111,6 +111,35 @@ def test_tangents_that_are_absent_are_zero_and_get_no_gradient(given):
         assert [x is None for x in made[-4:]] == absent
 
 
+@pytest.mark.parametrize("given", range(1, 8))
+def test_tangents_that_are_absent_are_none_to_kernels(given):
+    """So that these skip loads and products; ``torch.func.jvp`` and dual levels make no zeros of them either."""
+    asked = []
+
+    class Asked:
+        forward = closed_form.forward
+
+        @staticmethod
+        def tangent(*arguments):
+            asked.append([x is not None for x in arguments[6:9]])
+            return closed_form.tangent(*arguments)
+
+    case, some = Case(), [bool(given >> i & 1) for i in range(3)]
+
+    def attend(*moving):
+        moving = iter(moving)
+        x = [next(moving) if moves else x for x, moves in zip(case.x, some, strict=True)]
+        return autograd.attention(case.inputs(x), Asked)
+
+    def chosen(x):
+        return tuple(y for y, moves in zip(x, some, strict=True) if moves)
+
+    torch.func.jvp(attend, chosen(case.x), chosen(case.tangents))
+    with forward_ad.dual_level():
+        attend(*map(forward_ad.make_dual, chosen(case.x), chosen(case.tangents)))
+    assert asked == [some, some]
+
+
 def test_an_unused_output_asks_for_no_kernel(monkeypatch):
     """The tangent's backward costs thrice the value's, so it had better not run on zeros."""
     called = []

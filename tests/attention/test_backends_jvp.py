@@ -2,15 +2,19 @@
 
 import pytest
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.library import custom_op
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from transformers import LlamaModel
 
 from genkit import kernels
-from genkit.attention import sdpa, use
+from genkit.attention import register_backend, sdpa, use
 from genkit.training.parts.forward_mode import exact_jvp
 from tests.attention._networks import NAMES, build
+from tests.needs import kernels_that_run
 
 
 class _PlainLayerNorm(TorchFunctionMode):
@@ -73,6 +77,41 @@ def test_networks_agree_with_math_attention(tiny_pipeline, name):
         derivatives(net)
 
 
+@custom_op("genkit_tests::opaque", mutates_args=())
+def _opaque(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal)
+
+
+def opaque(query, key, value, attn_mask=None, is_causal=False, scale=None):
+    q, k, v = (x.transpose(1, 2).contiguous() for x in (query, key, value))
+    return _opaque(q, k, v, attn_mask, is_causal).transpose(1, 2)
+
+
+@pytest.mark.parametrize(
+    "name, backend",
+    [("flux", "flex"), *((name, backend) for name in ("flux", "dit", "llama") for backend in ("native", "opaque"))],
+)
+def test_backends_without_forward_mode_say_so(tiny_pipeline, name, backend):
+    """Also those, as of operators of one's own, of which PyTorch says that the tangent is zero."""
+    register_backend("opaque", opaque)
+    net = build(name, tiny_pipeline)
+    with pytest.raises(
+        ValueError, match=f"backend='{backend}' does not compute .* tangents: .*for tangents take 'genkit'"
+    ):
+        use(net.module, backend, tangent=True)
+    with torch.no_grad(), use(net.module, backend):
+        net.call(net.x)
+        for mode in (torch.func.jvp, dual_level):
+            with pytest.raises(Exception) as said:
+                mode(net.call, (net.x,), (torch.ones_like(net.x),))
+            assert backend != "opaque" or "'opaque' loses tangents; take 'genkit'" in str(said.value)
+
+
+def dual_level(fn, primals, tangents):
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(fn(*map(forward_ad.make_dual, primals, tangents)))
+
+
 @pytest.mark.parametrize("how", ["func", "dual"])
 @pytest.mark.parametrize("name", ["flux", "dit", "llama"])
 def test_trainers_differentiate_through_it(tiny_pipeline, name, how):
@@ -88,7 +127,7 @@ def test_trainers_differentiate_through_it(tiny_pipeline, name, how):
 
 def test_kernels_in_a_network_agree_with_math_attention(tiny_pipeline, monkeypatch):
     """Grouped heads, causality, and rows of which all is masked, by kernels."""
-    pytest.importorskip("triton")
+    kernels_that_run()
     net = build("llama", tiny_pipeline)
     expected = exact(net)
     fused = []
