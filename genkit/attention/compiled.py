@@ -20,6 +20,9 @@ def attention(inputs: Inputs) -> Tensor:
     Raises:
         RuntimeError: within ``torch.func.jvp`` or a dual level, with what to do.
     """
+    if forward_ad._current_level >= 0 and not torch.compiler.is_compiling():
+        # Up to torch 2.11 what cannot be compiled runs as it is, and what chose this way within it was compiled.
+        return torch.compiler.disable(autograd.attention)(inputs)
     _refuse_forward_mode()
     q, k, v, mask, bias, options = inputs
     return _forward(q, k, v, bias, mask, options.scale, options.is_causal)[0]
