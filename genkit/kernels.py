@@ -14,6 +14,7 @@ from functools import cache
 from typing import Literal, get_args
 
 import torch
+from torch.torch_version import TorchVersion
 
 from genkit.registry import unknown
 
@@ -80,7 +81,7 @@ def obstacle(device: torch.device | str) -> str | None:
     if (reason := _without_triton()) is not None:
         return reason
     if interpreted() and device.type in ("cpu", "cuda"):
-        return None
+        return _without_interpreter()
     if device.type != "cuda":
         return (
             f"triton has no kernels for {device.type!r}; TRITON_INTERPRET=1, set beforehand, interprets them on the CPU"
@@ -128,6 +129,20 @@ def _without_triton() -> str | None:
         import triton.language  # noqa: F401
     except Exception as error:
         return f"triton does not import ({type(error).__name__}: {error}); reinstall the one that your torch asks for"
+    return None
+
+
+@cache
+def _without_interpreter() -> str | None:
+    import numpy
+    import triton
+
+    # It takes an array of one number, the end of a loop, for a number, which NumPy refuses since 2.4.
+    if TorchVersion(triton.__version__) < (3, 7) and TorchVersion(numpy.__version__) >= (2, 4):
+        return (
+            f"triton {triton.__version__} interprets no loops with numpy {numpy.__version__}; "
+            "pip install 'numpy<2.4', or a later torch, which brings triton 3.7 or more"
+        )
     return None
 
 

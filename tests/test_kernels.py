@@ -5,10 +5,12 @@ import re
 import threading
 from types import SimpleNamespace
 
+import numpy
 import pytest
 import torch
 
 from genkit import kernels
+from tests.needs import kernels_that_run
 
 GPU = torch.device("cuda", 0)
 
@@ -73,9 +75,23 @@ def test_devices_without_kernels(gpu, device):
 
 
 def test_interpreted_kernels_are_for_tensors_with_memory(monkeypatch):
-    pytest.importorskip("triton")
+    kernels_that_run()
     monkeypatch.setattr(kernels, "interpreted", lambda: True)
     assert kernels.obstacle("cpu") is None and "'meta'" in kernels.obstacle("meta")
+
+
+def test_an_interpreter_that_this_numpy_broke(monkeypatch):
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(kernels, "interpreted", lambda: True)
+    found = {}
+    for versions in (("3.6.0", "2.4.0"), ("3.6.0", "2.3.5"), ("3.7.0", "2.4.0"), ("3.10.0", "2.10.0")):
+        for module, version in zip((triton, numpy), versions, strict=True):
+            monkeypatch.setattr(module, "__version__", version)
+        kernels._without_interpreter.cache_clear()
+        found[versions] = kernels.obstacle("cpu")
+    kernels._without_interpreter.cache_clear()
+    assert "3.6.0 interprets no loops with numpy 2.4.0; pip install 'numpy<2.4'" in found.pop(("3.6.0", "2.4.0"))
+    assert set(found.values()) == {None}
 
 
 def test_a_compiled_function_hears_of_the_choice_and_says_the_reason(monkeypatch, caplog):

@@ -14,8 +14,16 @@ from genkit.attention._tiles import Tile
 from genkit.attention.inputs import Options, check
 from genkit.kernels import choose
 from tests.attention import closed_form
+from tests.needs import kernels_that_run
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def _kernels():
+    kernels_that_run()
+
+
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 1.5e-2}
 DTYPES = list(TOLERANCE)
 SMALL = kernels.Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1))

@@ -11,8 +11,14 @@ from genkit.quantizers._exact import Codes
 from genkit.quantizers._triton_search import Tiles
 from genkit.quantizers.search import nearest_codes
 from tests.compiling import SHARED, compiled
+from tests.needs import kernels_that_run
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def _kernels():
+    kernels_that_run()
 
 
 def randn(*shape, **options):

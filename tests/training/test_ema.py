@@ -5,6 +5,7 @@ import torch
 
 from genkit import kernels
 from genkit.training.ema import EMA
+from tests.needs import kernels_that_run
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALF = (torch.bfloat16, torch.float16)
@@ -38,7 +39,7 @@ def exact(decay, history):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_the_definition(dtype, how):
     if how == "on":
-        pytest.importorskip("triton")
+        kernels_that_run()
     parameters = weights(dtype)
     ema = EMA(parameters, [0.9, 0.5])
     history = [[x.clone() for x in parameters.values()]]
@@ -55,7 +56,7 @@ def test_the_definition(dtype, how):
 
 
 def test_types_together():
-    pytest.importorskip("triton")
+    kernels_that_run()
     parameters = {f"{d}": torch.ones(40, dtype=d, device=DEVICE) for d in (*HALF, torch.float32, torch.float64)}
     ema = EMA(parameters, [0.9])
     for p in parameters.values():
@@ -69,7 +70,7 @@ def test_types_together():
 @pytest.mark.parametrize("dtype", HALF)
 def test_the_kernel_takes_what_it_can(dtype, monkeypatch):
     """One launch for all of a type; what lies otherwise in memory than its average is not among them."""
-    pytest.importorskip("triton")
+    kernels_that_run()
     from genkit.training import _triton_ema
 
     taken = []
@@ -90,7 +91,7 @@ def test_the_kernel_takes_what_it_can(dtype, monkeypatch):
 
 
 def test_the_kernel_does_not_write_beyond():
-    pytest.importorskip("triton")
+    kernels_that_run()
     room = torch.full((3, 4096), torch.nan, dtype=torch.bfloat16, device=DEVICE)
     weight = room[1, :40]
     weight.zero_()

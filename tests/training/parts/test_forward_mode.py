@@ -18,6 +18,7 @@ from genkit.training.parts.dual import Dual, NoRule, dual_jvp
 from genkit.training.parts.forward_mode import exact_jvp, obstacle
 from genkit.training.parts.residuals import directional_derivative, flow_map, lagrangian
 from tests.attention import closed_form
+from tests.needs import kernels_that_run
 
 F64 = torch.float64
 GENERATOR = torch.Generator()
@@ -282,7 +283,7 @@ def test_attention_that_is_called_inside_of_pytorch_has_forward_mode():
 @pytest.mark.parametrize("how", ["dual", "func"])
 def test_derivatives_take_the_kernels_where_there_are_some(how, monkeypatch):
     """With the kernels' formulas in their place."""
-    pytest.importorskip("triton")
+    kernels_that_run()
     called = []
 
     def attend(name):
