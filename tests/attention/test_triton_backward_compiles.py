@@ -43,7 +43,8 @@ def case(arch, d, which, dtype="bfloat16", **more):
 
 
 def test_usual_sizes_keep_to_registers():
-    check([case(90, 64, 0), case(90, 64, 1), case(90, 72, 2)], spilled=32)
+    """But for addresses, which are written once and read again: 112 bytes by Triton 3.6, 24 by 3.9."""
+    check([case(90, 64, 0), case(90, 64, 1), case(90, 72, 2)], spilled=128)
 
 
 @pytest.mark.slow
