@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from genkit.training import checkpoint, logs, machine, zero
 from genkit.training.compare import first_difference
 from genkit.training.config import TrainConfig
+from tests.training.processes import check_bf16
 
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed (extra 'deepspeed')"
@@ -102,15 +103,7 @@ def test_bf16_computes_by_autocast_on_float32_weights(toys, tmp_path):
     done = launch(tmp_path, toys.settings(tmp_path / "two", **shared), 1)
     assert done.returncode == 0, done.stderr
     shared["gradient_accumulation_steps"] = 4  # the items that a process had, so that bf16 rounds the same sums
-    toys.run(toys.digits(tmp_path / "one", **shared))
-    AcceleratorState._reset_state()
-    toys.run(toys.digits(tmp_path / "float32", **shared | dict(mixed_precision="no")))
-    ours, theirs, exact = (logs.read(tmp_path / name / logs.FILE) for name in ("two", "one", "float32"))
-    assert first_difference(ours, theirs, 1e-4) is None, first_difference(ours, theirs, 1e-4)
-    norm = pytest.approx(theirs[0]["grad_norm/student"], rel=1e-5)
-    assert ours[0]["grad_norm/student"] == norm and exact[0]["grad_norm/student"] != norm
-    weights = load_file(tmp_path / "two" / "checkpoint-6" / "student.safetensors")
-    assert {w.dtype for w in weights.values()} == {torch.float32}
+    check_bf16(toys, tmp_path, shared)
 
 
 def configure(toys, tmp_path, changes=None, **settings):

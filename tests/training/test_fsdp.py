@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import yaml
-from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -26,6 +25,7 @@ from genkit.training.compare import first_difference
 from genkit.training.ema import EMA
 from genkit.training.objectives.base import Phase, Role
 from genkit.training.roles import averaged_buffers
+from tests.training.processes import check_bf16
 
 SHARDED = [str(Path(__file__).with_name("fsdp_on_cpu.py"))]
 OBJECTIVE = dict(name="flow_map", loss="lsd", jvp="finite_difference", diagonal_fraction=0.5)
@@ -120,15 +120,7 @@ def test_bf16_computes_by_autocast_on_float32_shards(toys, tmp_path):
     done = launch(tmp_path, toys.settings(tmp_path / "two", **shared))
     assert done.returncode == 0, done.stderr
     shared["gradient_accumulation_steps"] = 2  # the items that a process had, so that bf16 rounds the same sums
-    toys.run(toys.digits(tmp_path / "one", **shared))
-    AcceleratorState._reset_state()
-    toys.run(toys.digits(tmp_path / "float32", **shared | dict(mixed_precision="no")))
-    ours, theirs, exact = (logs.read(tmp_path / name / logs.FILE) for name in ("two", "one", "float32"))
-    assert first_difference(ours, theirs, 1e-4) is None, first_difference(ours, theirs, 1e-4)
-    norm = pytest.approx(theirs[0]["grad_norm/student"], rel=1e-5)
-    assert ours[0]["grad_norm/student"] == norm and exact[0]["grad_norm/student"] != norm
-    weights = load_file(tmp_path / "two" / "checkpoint-6" / "student.safetensors")
-    assert {w.dtype for w in weights.values()} == {torch.float32}
+    check_bf16(toys, tmp_path, shared)
 
 
 def test_fsdp_that_would_be_ddp_is_refused(toys, tmp_path):

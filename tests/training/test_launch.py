@@ -1,12 +1,7 @@
 """Runs in processes of their own: killed, and spread over two."""
 
 import json
-import os
-import signal
 import socket
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,22 +10,10 @@ import yaml
 from safetensors.torch import load_file
 
 from genkit.registry import members
-from genkit.training import checkpoint, logs
+from genkit.training import logs
 from genkit.training.compare import first_difference
 from genkit.training.objectives._reward import RewardObjective
-
-ROOT = Path(__file__).parents[2]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-
-
-def start(*arguments):
-    return subprocess.Popen(
-        [sys.executable, *map(str, arguments)],
-        env=ENVIRONMENT,
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+from tests.training.processes import kill_at_a_checkpoint, start
 
 
 def test_killed_run_goes_on_bit_for_bit(toys, tmp_path):
@@ -38,18 +21,7 @@ def test_killed_run_goes_on_bit_for_bit(toys, tmp_path):
     changes = dict(lr_scheduler="constant_with_warmup", global_batch_size=16)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(toys.settings(tmp_path / "killed", **changes, max_train_steps=10**6)))
-    process = start("-m", "genkit.training", recipe, "--quiet")
-    try:
-        deadline = time.monotonic() + 240
-        while not checkpoint.found(tmp_path / "killed"):
-            assert process.poll() is None, process.stderr.read()
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-    finally:
-        process.kill()
-        process.wait()
-    assert process.returncode == -signal.SIGKILL
-    step = max(checkpoint.found(tmp_path / "killed"))
+    step = kill_at_a_checkpoint(recipe, tmp_path / "killed")
     changes["max_train_steps"] = step + 10
     resumed = toys.run(toys.digits(tmp_path / "killed", resume="latest", **changes))
     toys.run(toys.digits(tmp_path / "whole", **changes))

@@ -1,19 +1,13 @@
 """Runs of the reward strategies: a batch may be cut, and a killed process goes on."""
 
-import os
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
-
 import pytest
 import yaml
 from safetensors.torch import load_file
 
 from genkit.registry import members
-from genkit.training import checkpoint, logs
+from genkit.training import logs
 from genkit.training.objectives._reward import RewardObjective
+from tests.training.processes import kill_at_a_checkpoint
 from tests.training.ready import READY
 
 STRATEGIES = members("genkit.training.objectives", RewardObjective)
@@ -22,7 +16,6 @@ CASES = [
     for name in STRATEGIES
     for i in range(len(READY.get(name, [])))
 ]
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -65,23 +58,7 @@ def test_a_killed_process_goes_on_bit_for_bit(name, base, toys, tmp_path):
     settings = toys.case_settings(tmp_path / "killed", name, READY[name][0], base, **changes)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(settings | dict(max_train_steps=10**6)))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "genkit.training", recipe, "--quiet"],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        deadline = time.monotonic() + 240
-        while not checkpoint.found(tmp_path / "killed"):
-            assert process.poll() is None, process.stderr.read()
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-    finally:
-        process.kill()
-        process.wait()
-    assert process.returncode == -signal.SIGKILL
-    step = max(checkpoint.found(tmp_path / "killed"))
+    step = kill_at_a_checkpoint(recipe, tmp_path / "killed")
     settings["max_train_steps"] = step + 3
     toys.run(toys.digits(**settings | dict(resume="latest")))
     toys.run(toys.digits(**settings | dict(output_dir=str(tmp_path / "whole"))))
