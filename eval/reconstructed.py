@@ -11,6 +11,7 @@ from diffusers import AutoModel
 from torch import Tensor, nn
 
 from genkit._files import first_line
+from genkit.eval.generated import name_of
 from genkit.eval.inputs import ImageSet, Maker, UnreadableImage, uint8_kind
 from genkit.eval.on_demand import Spool, evaluating
 from genkit.eval.processes import gather, own
@@ -56,7 +57,7 @@ def reconstructed_images(
             )
     if name is None:
         known = getattr(config, "_name_or_path", None) or getattr(autoencoder, "__name__", None)
-        name = Path(str(known or type(autoencoder).__name__)).name
+        name = name_of(str(known or type(autoencoder).__name__))
     model = Reconstruction(autoencoder, images, name)
     spool = Spool(model.make, images.n, (c, h, w), batch_size, folder)
     return ImageSet(

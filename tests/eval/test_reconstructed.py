@@ -175,10 +175,13 @@ def test_a_tokenizer(tmp_path):
     torch.manual_seed(0)
     small = dict(block_out_channels=(8, 8), norm_num_groups=4, layers_per_block=1, latent_channels=4)
     tokenizer = ImageTokenizer({"kind": "vq", "dim": 4, "codebook_size": 16}, in_channels=1, out_channels=1, **small)
-    TokenizerPipeline(tokenizer.eval()).save_pretrained(tmp_path)
+    folder = tmp_path / "mine" / "pipeline"  # as training leaves it
+    TokenizerPipeline(tokenizer.eval()).save_pretrained(folder)
     digits = read_images("digits").subset(torch.arange(5))
     images = read_images((everything(digits)[:, :, :7], digits.labels))  # 8 x 7: it pads, and cuts what it decodes
-    made = everything(reconstructed_images(load_autoencoder(tmp_path), images))
+    back = reconstructed_images(load_autoencoder(folder), images)
+    made = everything(back)
+    assert back.name.endswith("reconstructed by mine") and back.model.made_with == {"model": "mine"}
     with torch.no_grad():
         assert torch.equal(made, to_uint8(tokenizer(everything(images).float() / 127.5 - 1).sample))
     assert made.shape == (5, 1, 7, 8)
