@@ -124,7 +124,9 @@ def written(name: str, rows: Sequence[Row], device: str, output: Path | None, co
         record: dict[str, Any] = {"device": label, "complete": complete, "versions": versions}
         record["rows"] = [asdict(r) | {"holds": r.holds} for r in rows]
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        begun = output.with_suffix(".begun")  # whoever ends this process finds a whole file
+        begun.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        begun.replace(output)
 
 
 def main(name: str, about: str, rows: Callable[[str], Iterator[Row]], limit: float = 3600) -> int:

@@ -65,7 +65,8 @@ def tests(limit: float) -> Iterator[Row]:
         print(done.stdout[-6000:] if failed else last, flush=True)
     except subprocess.TimeoutExpired as error:
         failed, last = None, f"{limit:.0f} s were over"
-        print((error.stdout or b"").decode(errors="replace")[-2000:], flush=True)
+        said = error.stdout or b""
+        print((said if isinstance(said, str) else said.decode(errors="replace"))[-2000:], flush=True)
     yield Row("tests of the kernels that fail", failed, "", 0.0, at_least=False, note=last)
 
 
