@@ -34,7 +34,7 @@ def test_of_a_model_it_shows_where_backends_get_to(tmp_path, tiny_pipeline):
     assert isinstance(CLIPVisionModel.from_pretrained(tmp_path / "clip"), CLIPVisionModel)
 
 
-def test_networks_are_built_without_their_weights(tmp_path, tiny_pipeline, monkeypatch):
+def test_networks_are_built_without_their_weights(tmp_path, monkeypatch):
     tiny.pipeline("sd15").save_pretrained(tmp_path / "pipe")
     expected = doctor.model_attention(tmp_path / "pipe")
     assert {row[0].partition(".")[0] for row in expected} == {"unet", "vae", "text_encoder"}

@@ -140,7 +140,7 @@ def test_tangents_that_are_absent_are_none_to_kernels(given):
     assert asked == [some, some]
 
 
-def test_an_unused_output_asks_for_no_kernel(monkeypatch):
+def test_an_unused_output_asks_for_no_kernel():
     """The tangent's backward costs thrice the value's, so it had better not run on zeros."""
     called = []
 

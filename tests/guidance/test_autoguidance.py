@@ -99,7 +99,7 @@ def test_a_rule_that_remembers_keeps_its_state():
     torch.testing.assert_close(own.gather(torch.tensor([1, 1])).after, state.after[[1, 1]], rtol=1e-12, atol=1e-12)
 
 
-def test_both_networks_are_asked_where_a_rule_moved_the_point(monkeypatch):
+def test_both_networks_are_asked_where_a_rule_moved_the_point():
     strong, x, cond = field(), noise(), condition()
     weak = FunctionDenoiser(lambda x, t, shift: torch.sin(x + shift), Linear(), "flow_prediction")
     guider = Autoguidance(guidance_scale=2.0).using(weak=weak)

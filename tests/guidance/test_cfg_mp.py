@@ -379,7 +379,7 @@ def test_flux_packed_and_not(tiny_pipeline, run_pipeline, relative):
         assert relative(run_pipeline(pipe, "flux"), hooked) > 1e-3
 
 
-def test_saved_and_reloaded_in_a_fresh_process(tiny_pipeline, modular_pipeline, run_pipeline, relative, tmp_path):
+def test_saved_and_reloaded_in_a_fresh_process(modular_pipeline, run_pipeline, relative, tmp_path):
     classic, modular = modular_pipeline("sdxl")
     guider = CFGMP(**SETTINGS, rule={"name": "apg", "guidance_scale": 6.0, "norm_threshold": 2.0})
     with guided(classic, guider):

@@ -336,9 +336,7 @@ def test_half_precision_keeps_small_gradients(dtype, sd15):
 
 @pytest.mark.parametrize("update", ["adam_sign", "normalised"])
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3"])
-def test_three_ways_make_the_same_latents(
-    name, update, tiny_pipeline, run_modular, run_pipeline, relative, monkeypatch
-):
+def test_three_ways_make_the_same_latents(name, update, tiny_pipeline, run_modular, run_pipeline, relative):
     pipe = tiny_pipeline(name)
     guider = made(pipe, update=update)
     with guided(pipe, guider) as run:
@@ -551,7 +549,7 @@ def test_bad_targets_of_packed_latents(tiny_pipeline):
         guider.check((1, 4, 3, 16, 16))
 
 
-def test_what_forbids_gradients_is_refused(sd15, tiny_pipeline, run_pipeline):
+def test_what_forbids_gradients_is_refused(sd15, run_pipeline):
     pipe, denoiser, x, cond = sd15
     with torch.inference_mode(), pytest.raises(ValueError, match="inference_mode forbids"):
         sample(denoiser, pipe.scheduler, x, cond, guider=made(pipe))

@@ -89,7 +89,7 @@ def test_tokens_are_rows_of_patches_after_the_text():
 
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3", "flux", "dit"])
-def test_reads_every_network_where_its_features_are(name, tiny_pipeline, monkeypatch):
+def test_reads_every_network_where_its_features_are(name, tiny_pipeline):
     """The features are those of an independent hook, and the embedding that of the timestep alone."""
     pipe = tiny_pipeline(name)
     network = network_of(pipe).double()
@@ -145,7 +145,7 @@ def test_the_conventions_of_the_time_embedding(tiny_pipeline):
     assert torch.equal(without.read(captured, (16, 16)), expected)
 
 
-def test_no_reversal_where_timesteps_are_not_numbered(tiny_pipeline):
+def test_no_reversal_where_timesteps_are_not_numbered():
     network = DiT(hidden_size=16, num_layers=1, num_heads=2)
     head = ReadoutHead.for_network(network, temb_convention="reversed", **SMALL)
     denoiser = FunctionDenoiser(network, Linear(), "flow_prediction")

@@ -206,7 +206,7 @@ def test_bad_calls(arguments, message, small):
         small()(**{"image": torch.rand(1, 3, 8, 8)} | arguments)
 
 
-def test_bad_parts(small, tiny_pipeline):
+def test_bad_parts(small):
     for settings, message in [
         (dict(scale=0), "scale=0"),
         (dict(time=0.0), r"time=0.0: accepted are numbers in \(0, 1\]"),

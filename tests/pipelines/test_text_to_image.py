@@ -139,7 +139,7 @@ def test_saved_and_loaded_in_a_fresh_process(tiny_pipeline, tmp_path, fresh_proc
 
 
 @ALL
-def test_takes_the_folders_of_diffusers(name, tiny_pipeline, tmp_path, caplog):
+def test_takes_the_folders_of_diffusers(name, tiny_pipeline, tmp_path):
     pipe = tiny_pipeline(name)
     pipe.save_pretrained(tmp_path)
     loaded = TextToImagePipeline.from_pretrained(tmp_path, guider=CFG(guidance_scale=2.0), dtype=torch.float32)
@@ -243,7 +243,7 @@ def test_attention_backends_are_those_of_the_network(name, tiny_pipeline):
 
 
 @ALL
-def test_offload(name, tiny_pipeline, diffusers_image):
+def test_offload(name, tiny_pipeline):
     """On a CPU the hooks move nothing, but they are called, and the pipeline must find out where it computes."""
     pipe = own(tiny_pipeline(name))
     expected = image(pipe, name)

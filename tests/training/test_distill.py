@@ -203,7 +203,7 @@ def test_the_student_is_the_average_and_lora_is_fused(students, teachers):
     assert lora.is_file()  # beside it, in the form that is shared
 
 
-def test_run_again_it_goes_on(students, teachers, tmp_path):
+def test_run_again_it_goes_on(teachers, tmp_path):
     """What was trained is not trained again, and a longer run goes on from it."""
     arguments = dict(overrides=SMALL, data="synthetic", quiet=True)
     distill(str(teachers["digits"]), "mdt", tmp_path, steps=2, **arguments)

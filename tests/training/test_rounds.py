@@ -312,7 +312,7 @@ def test_records_are_evenly_spread():
     assert spread(Ten, 3).tolist() == [0, 1, 2]
 
 
-def test_json_is_whole_or_not_there(tmp_path, monkeypatch):
+def test_json_is_whole_or_not_there(tmp_path):
     rounds._write(tmp_path / "a.json", {"a": 1})
     with pytest.raises(TypeError):
         rounds._write(tmp_path / "a.json", {"a": object()})

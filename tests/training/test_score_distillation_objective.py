@@ -401,7 +401,7 @@ def test_dmd2_on_the_networks_of_diffusers(architecture, toys, tmp_path, tiny_pi
     assert scheduler.timesteps.tolist() == steps
 
 
-def test_pictures_are_compared_where_asked(toys, tmp_path, tiny_pipeline):
+def test_pictures_are_compared_where_asked(tiny_pipeline):
     pipe = tiny_pipeline("sd15")
     student, teacher = from_pipeline(pipe), from_pipeline(tiny_pipeline("sd15"))
     condition = student.encode(pipe, prompt=["a", "b"], negative_prompt="")

@@ -88,7 +88,7 @@ class LeapAlign(RewardObjective):
                 run.step(run.at(raw, state, points[:, m]), points[:, m], self._end(run, points, m))
                 for m, (state, raw) in enumerate(zip(states, raws, strict=True))
             ]
-        loss, gradient, logs = self._weighed(run, x, [*states[1:], x], landed, batch)
+        loss, gradient, logs = self._weighed(x, [*states[1:], x], landed, batch)
         del x, prediction, raws, landed  # not to be held beside the network calls
         states = [state.where(like(state.isfinite().flatten(1).all(1), state), 0.0) for state in states]
         for m in reversed(range(points.shape[1])):
@@ -124,7 +124,7 @@ class LeapAlign(RewardObjective):
                     prediction = run.predict(x, i)
             with torch.no_grad():
                 x = run.advance(run.at(prediction.raw.detach(), x, i), i)
-        loss, gradient, logs = self._weighed(run, x, [*states[1:], x], landed, batch)
+        loss, gradient, logs = self._weighed(x, [*states[1:], x], landed, batch)
         yield self.surrogate(landed[-1], gradient, loss, run, logs)
 
     def _end(self, run: Rollout, points: Tensor, m: int) -> Tensor:
@@ -132,7 +132,7 @@ class LeapAlign(RewardObjective):
         return points[:, m + 1] if m + 1 < points.shape[1] else torch.full_like(points[:, m], len(run))
 
     def _weighed(
-        self, run: Rollout, x: Tensor, real: list[Tensor], landed: list[Tensor], batch: Batch
+        self, x: Tensor, real: list[Tensor], landed: list[Tensor], batch: Batch
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """The loss, its gradient at the clean samples ``x``, and the logs."""
         seen = self.judge(x, batch.prompts)

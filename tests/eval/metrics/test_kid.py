@@ -47,7 +47,7 @@ def test_definition():
     assert kid(x, y) == pytest.approx(sum(own) - 2 * cross, rel=1e-12)
 
 
-def test_blocks_change_nothing(monkeypatch):
+def test_blocks_change_nothing():
     from genkit.eval.metrics import _mmd
 
     x, y = normal(50, 4), normal(41, 4, 1)

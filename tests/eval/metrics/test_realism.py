@@ -36,7 +36,7 @@ def test_copies_of_duplicates_are_on_the_edge():
     assert realism(x, torch.tensor([[0.0], [1.0]])).tolist() == [1.0, 0.0]
 
 
-def test_a_large_reference_is_thinned_evenly(monkeypatch):
+def test_a_large_reference_is_thinned_evenly():
     g = torch.Generator().manual_seed(0)
     x = torch.randint(0, 256, (30, 1, 2, 2), generator=g, dtype=torch.uint8)
     extractor = function_extractor(lambda images: images.flatten(1).float(), 4, "pixels")
