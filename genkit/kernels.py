@@ -138,7 +138,7 @@ def _without_interpreter() -> str | None:
     import triton
 
     # It takes an array of one number, the end of a loop, for a number, which NumPy refuses since 2.4.
-    if TorchVersion(triton.__version__) < (3, 7) and TorchVersion(numpy.__version__) >= (2, 4):
+    if TorchVersion(triton.__version__) < "3.7" and TorchVersion(numpy.__version__) >= "2.4":
         return (
             f"triton {triton.__version__} interprets no loops with numpy {numpy.__version__}; "
             "pip install 'numpy<2.4', or a later torch, which brings triton 3.7 or more"
