@@ -6,6 +6,8 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from genkit.checks import check_counts
+
 Cache = list[tuple[Tensor, Tensor]]
 
 
@@ -69,6 +71,9 @@ class GPT(ModelMixin, ConfigMixin):
         hidden_size, num_layers, num_heads: the head dimension must be a multiple of 4.
         dropout: on embedded tokens and what attention and feed-forward layers add.
 
+    Raises:
+        ValueError: a number below 1, or a head dimension that is no multiple of 4.
+
     Source: Sun et al., "Autoregressive model beats diffusion: Llama for scalable image generation", arXiv 2406.06525.
     """
 
@@ -88,6 +93,8 @@ class GPT(ModelMixin, ConfigMixin):
         dropout: float = 0.1,
     ):
         super().__init__()
+        check_counts(vocab_size=vocab_size, sample_size=sample_size, num_classes=num_classes)
+        check_counts(hidden_size=hidden_size, num_layers=num_layers, num_heads=num_heads)
         if hidden_size % (4 * num_heads):
             raise ValueError(f"hidden_size={hidden_size} is not a multiple of 4 num_heads={4 * num_heads}")
         self.class_embed = nn.Embedding(num_classes + 1, hidden_size)
@@ -112,10 +119,18 @@ class GPT(ModelMixin, ConfigMixin):
             tokens: int64 ``(B, n)``, from the first cell on, or from where the cache ends.
             class_labels: int64 ``(B,)``, the first position (``M = n + 1``); none where the cache holds it.
             cache: a list to be filled with keys and values; given again, the positions in it need not be.
+
+        Raises:
+            ValueError: a class where the cache holds one or none where it does not, more tokens than the grid has.
         """
         start = cache[0][0].shape[2] if cache else 0
         if (class_labels is None) != (start > 0):
             raise ValueError(f"class_labels are the first position, and only that; the cache holds {start} positions")
+        positions, most = tokens.shape[1] + (class_labels is not None), len(self.cos)
+        if start + positions > most:
+            raise ValueError(
+                f"tokens {tuple(tokens.shape)} after {start} positions: the grid has {most - 1} tokens in all"
+            )
         h = self.drop(self.token_embed(tokens))
         if class_labels is not None:
             h = torch.cat((self.class_embed(class_labels)[:, None], h), dim=1)

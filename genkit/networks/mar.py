@@ -6,6 +6,8 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from genkit.checks import check_counts
+
 
 class Block(nn.Module):
     """``h + Attention(LayerNorm h)``, then ``h + MLP(LayerNorm h)``; every token sees all others."""
@@ -109,8 +111,11 @@ class MAR(ModelMixin, ConfigMixin):
         hidden_size, num_heads: of encoder and decoder.
         num_layers: of the encoder; the decoder has as many.
         head_width, head_layers: of the diffusion head.
-        buffer_size: slots that hold the class.
+        buffer_size: slots that hold the class, at least one, or nothing would say which it is.
         dropout: of attention and of what attention and feed-forward layers add.
+
+    Raises:
+        ValueError: a number below 1, or sizes that do not divide each other.
 
     Source: Li et al., "Autoregressive image generation without vector quantization", arXiv 2406.11838.
     """
@@ -134,12 +139,13 @@ class MAR(ModelMixin, ConfigMixin):
         dropout: float = 0.1,
     ):
         super().__init__()
+        check_counts(sample_size=sample_size, in_channels=in_channels, patch_size=patch_size, num_classes=num_classes)
+        check_counts(hidden_size=hidden_size, num_layers=num_layers, num_heads=num_heads, buffer_size=buffer_size)
+        check_counts(head_width=head_width, head_layers=head_layers)
         if sample_size % patch_size:
             raise ValueError(f"sample_size={sample_size} is not a multiple of patch_size={patch_size}")
         if hidden_size % num_heads:
             raise ValueError(f"hidden_size={hidden_size} is not a multiple of num_heads={num_heads}")
-        if buffer_size < 1:
-            raise ValueError(f"buffer_size={buffer_size}: must be at least 1, or nothing says which class is meant")
         length, channels = (sample_size // patch_size) ** 2, in_channels * patch_size**2
         self.class_embed = nn.Embedding(num_classes + 1, hidden_size)
         self.embed = nn.Linear(channels, hidden_size)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from genkit import quantizers
+from genkit.checks import check_counts
 from genkit.quantizers.base import Quantized, Quantizer
 from genkit.registry import lookup, unknown
 
@@ -56,8 +57,8 @@ class ImageTokenizer(ModelMixin, ConfigMixin):
         pad_mode: ``replicate``, ``reflect``, or ``None``: pictures that are no multiple of ``stride`` are an error.
 
     Raises:
-        ValueError: settings that the quantizer refuses; channels that ``norm_num_groups`` does not divide; block types
-            that are not one a level; another pad mode.
+        ValueError: a number below 1; settings that the quantizer refuses; channels that ``norm_num_groups`` does not
+            divide; block types that are not one a level; another pad mode.
 
     Source: Sun et al., "Autoregressive model beats diffusion: Llama for scalable image generation", arXiv 2406.06525.
     """
@@ -87,8 +88,12 @@ class ImageTokenizer(ModelMixin, ConfigMixin):
         super().__init__()
         if not isinstance(block_out_channels, Sequence) or not block_out_channels:
             raise ValueError(f"block_out_channels={block_out_channels!r}: expected a list, of each level's channels")
+        check_counts(in_channels=in_channels, out_channels=out_channels, sample_size=sample_size)
+        check_counts(
+            layers_per_block=layers_per_block, latent_channels=latent_channels, norm_num_groups=norm_num_groups
+        )
         for channels in block_out_channels:
-            if channels % norm_num_groups:
+            if channels < 1 or channels % norm_num_groups:
                 raise ValueError(
                     f"norm_num_groups={norm_num_groups} does not divide {channels} of block_out_channels="
                     f"{list(block_out_channels)}"
@@ -182,8 +187,11 @@ class ImageTokenizer(ModelMixin, ConfigMixin):
 
     def _padded(self, x: Tensor) -> Tensor:
         stride, mode, channels = self.stride, self.config["pad_mode"], self.config["in_channels"]
-        if x.ndim != 4 or x.shape[1] != channels:
-            raise ValueError(f"pictures of shape {tuple(x.shape)}; accepted are (B, {channels}, H, W)")
+        if x.ndim != 4 or x.shape[1] != channels or not x.numel() or not x.is_floating_point():
+            raise ValueError(
+                f"pictures of shape {tuple(x.shape)}, {x.dtype}; accepted are floats (B, {channels}, H, W), at least "
+                "one"
+            )
         below, right = (-side % stride for side in x.shape[-2:])
         if not below and not right:
             return x
@@ -241,7 +249,7 @@ class ImageTokenizer(ModelMixin, ConfigMixin):
                 old = getattr(vae, name, None)
                 weight, bias = (old.weight, old.bias) if old is not None else (eye[0][:, : new.in_channels], eye[1])
                 # The first half of what a KL autoencoder puts out is the mean.
-                weight, bias = weight[: config.latent_channels] if not is_vq else weight, bias
+                weight = weight if is_vq else weight[: config.latent_channels]
                 if new.weight.shape == weight.shape:
                     new.weight.copy_(weight)
                     new.bias.copy_(bias[: len(weight)])

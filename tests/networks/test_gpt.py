@@ -104,9 +104,18 @@ def test_gradient_checkpointing_changes_nothing():
 def test_bad_input():
     with pytest.raises(ValueError, match="hidden_size=18 is not a multiple of 4 num_heads=8"):
         GPT(**SMALL | dict(hidden_size=18))
+    for name in ("vocab_size", "sample_size", "num_classes", "hidden_size", "num_layers", "num_heads"):
+        with pytest.raises(ValueError, match=f"{name}=0: must be at least 1"):
+            GPT(**SMALL | {name: 0})
+    with pytest.raises(ValueError, match="vocab_size='many': must be an integer"):
+        GPT(**SMALL | {"vocab_size": "many"})
     network, cache = small(), []
+    with pytest.raises(ValueError, match=r"tokens \(1, 10\) after 0 positions: the grid has 9 tokens in all"):
+        network(torch.zeros(1, 10).long(), torch.tensor([0]))
     with pytest.raises(ValueError, match="class_labels are the first position"):
         network(torch.zeros(1, 2).long())
     network(torch.zeros(1, 2).long(), torch.tensor([0]), cache)
     with pytest.raises(ValueError, match="the cache holds 3 positions"):
         network(torch.zeros(1, 1).long(), torch.tensor([0]), cache)
+    with pytest.raises(ValueError, match=r"tokens \(1, 8\) after 3 positions: the grid has 9 tokens in all"):
+        network(torch.zeros(1, 8).long(), None, cache)

@@ -7,6 +7,10 @@ from torch import nn
 from genkit.networks.mar import MAR
 
 SMALL = dict(hidden_size=16, num_layers=2, num_heads=2, head_width=16, head_layers=2, buffer_size=3, dropout=0.0)
+COUNTS = (
+    "sample_size in_channels patch_size num_classes hidden_size num_layers num_heads head_width head_layers".split()
+)
+COUNTS += ["buffer_size"]
 ORDER = torch.tensor([[5, 2, 9, 11, 0, 1, 3, 4, 6, 7, 8, 10, 12, 13, 14, 15], list(range(15, -1, -1))])
 LABELS = torch.tensor([3, 10])
 
@@ -115,7 +119,8 @@ def test_gradient_checkpointing_changes_nothing():
     [
         (dict(patch_size=3), "sample_size=8 is not a multiple of patch_size=3"),
         (dict(hidden_size=18, num_heads=4), "hidden_size=18 is not a multiple of num_heads=4"),
-        (dict(buffer_size=0), "buffer_size=0: must be at least 1"),
+        *((dict([(name, 0)]), f"{name}=0: must be at least 1") for name in COUNTS),
+        (dict(num_layers=1.5), "num_layers=1.5: must be an integer"),
     ],
 )
 def test_settings_that_do_not_fit(settings, text):

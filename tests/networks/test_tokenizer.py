@@ -206,7 +206,15 @@ def test_an_autoencoder_as_host(convolutions):
 @pytest.mark.parametrize(
     "act, text",
     [
-        (lambda n: n.encode(pictures(1, 3, 8, 8)), r"shape \(1, 3, 8, 8\); accepted are \(B, 1, H, W\)"),
+        (lambda n: n.encode(pictures(1, 3, 8, 8)), r"shape \(1, 3, 8, 8\), .*; accepted are floats \(B, 1, H, W\)"),
+        (lambda n: n.encode(pictures(1, 1, 0, 8)), r"shape \(1, 1, 0, 8\), .*accepted are floats .* at least one"),
+        (lambda n: n.encode((255 * pictures()).byte()), "torch.uint8; accepted are floats"),
+        (lambda n: small(in_channels=0), "in_channels=0: must be at least 1"),
+        (lambda n: small(sample_size=0), "sample_size=0: must be at least 1"),
+        (lambda n: small(layers_per_block=0), "layers_per_block=0: must be at least 1"),
+        (lambda n: small(latent_channels=-1), "latent_channels=-1: must be at least 1"),
+        (lambda n: small(norm_num_groups=0), "norm_num_groups=0: must be at least 1"),
+        (lambda n: small(block_out_channels=(0, 8)), "does not divide 0 of block_out_channels"),
         (lambda n: small(pad_mode=None).encode(pictures(1, 1, 7, 8)), "7 x 8 pixels: pad_mode=None accepts multiples"),
         (lambda n: small(pad_mode="reflect").encode(pictures(1, 1, 1, 8)), "too small for pad_mode='reflect'"),
         (lambda n: n.decode(torch.zeros(1, 4, 4, 4), (8, 9)), r"size=\(8, 9\) is of 4 x 5 tokens"),

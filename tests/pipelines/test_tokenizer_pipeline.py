@@ -64,7 +64,7 @@ def test_saved_and_loaded(tmp_path):
         (lambda p: p(photographs((8, 8), (8, 10))), r"images of sizes \(10, 8\), \(8, 8\)"),
         (lambda p: p.decode(torch.full((1, 4, 4), 99)), "accepted are 0 to 31"),
         (lambda p: p.decode(torch.zeros(1, 4, 4, dtype=torch.int64), (9, 9)), r"size=\(9, 9\)"),
-        (lambda p: p(torch.zeros(1, 1, 8, 8)), r"accepted are \(B, 3, H, W\)"),
+        (lambda p: p(torch.zeros(1, 1, 8, 8)), r"accepted are floats \(B, 3, H, W\)"),
         (lambda p: pipeline(pad_mode=None)(photographs((7, 8))), "pad_mode=None accepts multiples of 2"),
     ],
 )
