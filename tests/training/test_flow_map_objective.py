@@ -12,7 +12,8 @@ from genkit.interpolants import Linear
 from genkit.rng import ItemRNG
 from genkit.testing.oracles import Gaussian, two_class_mixture
 from genkit.training.objectives.base import Batch, DivergedError
-from genkit.training.objectives.flow_map import FlowMapConfig, FlowMapObjective, GuidanceLaw, LossWeight
+from genkit.training.objectives.flow_map import FlowMapConfig, FlowMapObjective, GuidanceLaw
+from genkit.training.parts.loss_weight import LossWeight
 from genkit.training.parts.times import share
 
 F64 = torch.float64

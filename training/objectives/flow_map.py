@@ -1,13 +1,12 @@
 """Flow maps: one network that is a flow model on its diagonal and jumps between any two times off it."""
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 
 from genkit.denoisers.base import Condition, Denoiser, FlowMap
 from genkit.denoisers.scalars import without
@@ -23,6 +22,7 @@ from genkit.training.objectives.base import (
     Role,
     drop_condition,
 )
+from genkit.training.parts.loss_weight import LossWeight
 from genkit.training.parts.losses import evaluating, sum_of_squares
 from genkit.training.parts.residuals import Jvp, StopGrad, eulerian, lagrangian, progressive
 from genkit.training.parts.targets import guided_velocity
@@ -235,30 +235,3 @@ class FlowMapObjective(Objective):
                 f"weight_ratio_limit={self.config.weight_ratio_limit:g}; the network would forget the data. Train with "
                 "learned_weight=false."
             )
-
-
-class LossWeight(nn.Module):
-    """``w(t, s)``: logarithm of the expected squared residual, learned; 0 at the start, kept within [-10, 10].
-
-    128 cosine features of each time, averaged, through one bias-free linear layer. It is thus a function of ``t`` plus
-    the same function of ``s``, too plain to single out the diagonal ``s = t``. That is wanted: the diagonal residual
-    stays at the variance of the data while the other one falls towards 0, and a weight that told the two apart would
-    favour the second without bound.
-    """
-
-    frequencies: Tensor
-
-    def __init__(self, features: int = 128):
-        super().__init__()
-        frequencies = torch.exp(torch.linspace(0, math.log(1e-4), features // 2, dtype=torch.float64)).float()
-        self.register_buffer("frequencies", frequencies, persistent=False)
-        self.linear = nn.Linear(features, 1, bias=False)
-        nn.init.zeros_(self.linear.weight)
-
-    def forward(self, t: Tensor, s: Tensor) -> Tensor:
-        def embed(time: Tensor) -> Tensor:
-            angle = time[:, None] * self.frequencies.to(time.dtype)
-            return torch.cat((angle.cos(), angle.sin()), dim=-1)
-
-        features = (embed(t) + embed(s)) / 2
-        return self.linear(features.to(self.linear.weight.dtype))[:, 0].float().clamp(-10, 10)

@@ -12,8 +12,8 @@ from genkit.interpolants import expand
 from genkit.rng import ItemRNG
 from genkit.schedulers.renoise import RenoiseScheduler
 from genkit.training.objectives.base import Batch, Loss, Objective, ObjectiveConfig, Phase, Role, drop_condition
-from genkit.training.objectives.flow_map import LossWeight
 from genkit.training.parts.forward_mode import Jvp
+from genkit.training.parts.loss_weight import LossWeight
 from genkit.training.parts.losses import evaluating, mean_of_squares
 from genkit.training.parts.mean_velocity import Angle, consistency_tangent
 from genkit.training.parts.targets import guided_velocity
