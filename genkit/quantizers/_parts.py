@@ -5,6 +5,7 @@ from typing import Any
 from torch import nn
 
 from genkit.quantizers.base import Quantizer
+from genkit.registry import lookup
 
 
 def make_parts(owner: Quantizer, settings: dict[str, Any], *, dim: int, count: int) -> nn.ModuleList:
@@ -20,9 +21,9 @@ def make_parts(owner: Quantizer, settings: dict[str, Any], *, dim: int, count: i
     given = dict(settings)
     kind, seed = given.pop("kind", "vq"), given.get("seed", 0)
     try:
-        made = [make(kind, dim=dim, **given) for _ in range(count)]
-        if hasattr(made[0].config, "seed"):
-            made = [make(kind, dim=dim, **{**given, "seed": seed + i}) for i in range(count)]
+        cls = lookup("genkit.quantizers", Quantizer, kind, setting="quantizer")
+        seeded = "seed" in cls.Config.model_fields and isinstance(seed, int)  # of another type it is refused
+        made = [make(kind, dim=dim, **given | ({"seed": seed + i} if seeded else {})) for i in range(count)]
     except ValueError as error:
         raise ValueError(f"quantizer {owner.settings['kind']!r}: the quantizer of its parts: {error}") from None
     return nn.ModuleList(made)

@@ -19,12 +19,15 @@ _NUMBERS = 2**24  # of logits held at a time
 
 
 class IBQConfig(CodebookConfig):
-    """As published by default: the largest inner product decides, and an entropy loss of weight 0.05.
+    """As published by default: the largest inner product decides, an entropy loss of weight 0.05, and the smaller
+    weight, 0.25, on the codebook loss, not on the commitment loss.
 
     ``straight_weight``: of ``|q - z|^2`` without a stopped gradient. ``seed``: of the codes, N(0, 1).
     """
 
     measure: Measure = "dot"
+    beta: float = Field(default=1.0, ge=0)
+    codebook_weight: float = Field(default=0.25, ge=0)
     entropy_weight: float = Field(default=0.05, ge=0)
     straight_weight: float = Field(default=1.0, ge=0)
     seed: int = 0
@@ -40,8 +43,8 @@ class IBQ(CodebookQuantizer):
     """``q = s C`` with ``s = onehot(argmax l) - sg p + p``, ``p = softmax(l)``, ``l = z C^T``.
 
     In value ``q`` is the code; its gradient reaches all codes, and ``z``, through ``p``. Losses
-    ``|q - z|^2 + |z - sg c|^2 + beta |c - sg z|^2`` and the entropy's. Logits are computed again for the gradient, some
-    rows at a time, instead of being kept.
+    ``|q - z|^2 + beta |z - sg c|^2 + w |c - sg z|^2`` and the entropy's. Logits are computed again for the gradient,
+    some rows at a time, instead of being kept.
 
     Source: Shi et al., "Scalable image tokenization with index backpropagation quantization", arXiv 2412.02692, section
     3.2.
@@ -76,10 +79,3 @@ class IBQ(CodebookQuantizer):
         if self.config.straight_weight:
             losses["straight"] = self.config.straight_weight * F.mse_loss(q, z)
         return q, indices, losses
-
-    def losses(self, z: Tensor, q: Tensor, table: Tensor) -> dict[str, Tensor]:
-        found = super().losses(z, q, table)
-        config = self.config
-        found["commitment"] = config.codebook_weight * F.mse_loss(z, q.detach())
-        found["codebook"] = config.beta * F.mse_loss(q, z.detach())
-        return found

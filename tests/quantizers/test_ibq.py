@@ -48,6 +48,14 @@ def test_published_losses():
     }
 
 
+def test_each_weight_is_of_the_loss_that_it_is_called_after():
+    z = torch.randn(1, 9, 4)
+    one = make("ibq", dim=4, codebook_size=12)(z).losses
+    two = make("ibq", dim=4, codebook_size=12, beta=3.0, codebook_weight=0.5, straight_weight=2.0)(z).losses
+    ratios = {name: (two[name] / one[name]).item() for name in one}
+    assert ratios == pytest.approx(dict(commitment=3, codebook=2, straight=2, entropy=1), rel=1e-5)
+
+
 def test_an_estimator_would_have_no_effect():
     with pytest.raises(ValueError, match="estimator has no effect: the gradient of ibq is that of its softmax"):
         make("ibq", dim=4, codebook_size=12, estimator="rotation")
