@@ -201,8 +201,8 @@ def _asked(pipe: Any, real: ImageSet | FeatureSet, n: int | None) -> Asked:
             raise ValueError("n=None: the reference statistics do not say how many images they are of; give n")
         name = str(real.stats.meta.get("source", "statistics"))
         real = ImageSet(name, count, lambda indices: torch.empty(0), real.labels, real.prompts)
-    if real.labels is None and real.prompts is None and (count := _classes(pipe)) > 0:
-        return evenly(count, real.n)
+    if real.labels is None and real.prompts is None and (classes := _classes(pipe)) > 0:
+        return evenly(classes, real.n)
     return matched(real)
 
 
@@ -265,8 +265,8 @@ def main(
     found = table(results, mmhm=mmhm, force=force)
     if rank_and_count()[0] == 0:
         write(folder.folder / "results.json", json.dumps(found, indent=2) + "\n")
-        told = telling([result.made_with for result in results.values()])
-        show_table(found, folder.folder, written, told=told, force=force, mmhm=mmhm, quiet=quiet)
+        axes_there = telling([result.made_with for result in results.values()])
+        show_table(found, folder.folder, written, told=axes_there, force=force, mmhm=mmhm, quiet=quiet)
     if failed:
         told = "; ".join(f"{name}: {why}" for name, why in failed.items())
         raise ValueError(f"{len(failed)} cells have no result, and will be tried again: {told}")
