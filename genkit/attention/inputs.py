@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,8 @@ def check(
         mask = _broadcast("mask", mask, full)
     if bias is not None:
         bias = _broadcast("bias", bias, full)
+    if isinstance(scale, Tensor) and (scale.requires_grad or _moves(scale)):
+        raise ValueError("scale is a tensor whose derivatives would be lost; give a number, or multiply q by it")
     scale = d**-0.5 if scale is None else float(scale)
     return Inputs(q, k, v, mask, bias, Options(scale, bool(is_causal)))
 
@@ -109,10 +112,14 @@ def _has_autocast(device_type: str) -> bool:
 _has_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def _moves(x: Tensor) -> bool:
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
+
+
 def _floating(name: str, x: Tensor | None) -> None:
-    if x is not None and not x.is_floating_point():
+    if x is not None and x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         more = "; a boolean one is a mask" if name == "bias" and x.dtype == torch.bool else ""
-        raise ValueError(f"{name} is {x.dtype}; expected a floating-point dtype{more}")
+        raise ValueError(f"{name} is {x.dtype}; expected float16, bfloat16, float32 or float64{more}")
 
 
 def _broadcast(name: str, x: Tensor, full: tuple[int, ...]) -> Tensor:

@@ -131,11 +131,17 @@ def test_autocast_does_not_hide_what_is_no_floating_point():
     q, k, v = (x.float() for x in draw())
     with torch.autocast("cpu", torch.bfloat16):
         for name, args in (("q", (q.int(), k, v)), ("k", (q, k.int(), v)), ("v", (q, k, v.int()))):
-            with pytest.raises(ValueError, match=f"{name} is torch.int32; expected a floating-point dtype"):
+            with pytest.raises(
+                ValueError, match=f"{name} is torch.int32; expected float16, bfloat16, float32 or float64"
+            ):
                 attention(*args)
-        with pytest.raises(ValueError, match="bias is torch.bool; expected a floating-point dtype; a boolean one is a"):
+        with pytest.raises(
+            ValueError, match="bias is torch.bool; expected float16, bfloat16, float32 or float64; a boolean one is a"
+        ):
             attention(q, k, v, bias=torch.ones(5, 5) > 0)
-        with pytest.raises(ValueError, match="the tangent of k is torch.int32; expected a floating-point dtype"):
+        with pytest.raises(
+            ValueError, match="the tangent of k is torch.int32; expected float16, bfloat16, float32 or float64"
+        ):
             attention_with_tangent(q, k, v, tk=k.int())
 
 
@@ -240,7 +246,9 @@ BAD = [
     ((q, k.double(), v), {}, "q is torch.float32 and k is torch.float64; give both in one dtype"),
     ((q, k, v, None, torch.zeros(6, 7, dtype=F64)), {}, "and bias is torch.float64; give both in one dtype"),
     ((q, k, v.to("meta")), {}, "q is on cpu and v on meta; bring both to one device"),
-    ((q.int(), k.int(), v.int()), {}, "q is torch.int32; expected a floating-point dtype"),
+    ((q.int(), k.int(), v.int()), {}, "q is torch.int32; expected float16, bfloat16, float32 or float64"),
+    ((q.to(torch.float8_e4m3fn), k, v), {}, "q is torch.float8_e4m3fn; expected float16, bfloat16, float32 or"),
+    ((q, k, v), dict(scale=torch.ones((), requires_grad=True)), "scale is a tensor whose derivatives would be lost"),
     ((q, k[:1], v), {}, "batches of 2, 1 and 2; expected one size"),
     ((q, k[..., :8], v), {}, "q has 16 channels a head and k 8; expected as many"),
     ((q, k, v[:, :, :3]), {}, "k has (heads, tokens) (2, 7) and v (2, 3); expected the same"),
@@ -277,6 +285,14 @@ def test_bad_input(args, settings, message):
 def test_bad_tangents(tangents, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         attention_with_tangent(q, k, v, **tangents)
+
+
+def test_a_scale_that_moves():
+    with pytest.raises(
+        ValueError, match="scale is a tensor whose derivatives would be lost; give a number, or multiply"
+    ):
+        torch.func.jvp(lambda scale: attention(q, k, v, scale=scale), (torch.ones(()),), (torch.ones(()),))
+    assert torch.equal(attention(q, k, v, scale=torch.tensor(0.5)), attention(q, k, v, scale=0.5))
 
 
 @pytest.mark.parametrize("channels", [8, 20, 264])
