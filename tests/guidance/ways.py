@@ -1,5 +1,6 @@
-"""A guider in genkit's own loop, on what the conftest's ``run_pipeline`` gives a pipeline."""
+"""A guider in genkit's own loop, on what ``run_pipeline`` of the conftest gives a pipeline; networks in wrappers."""
 
+import accelerate
 import torch
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
@@ -30,3 +31,17 @@ def own_latents(pipe, name, guider):
     x, condition = own_inputs(pipe, name)
     made = sample(from_pipeline(pipe), pipe.scheduler, x, condition, guider=guider)
     return pack(made) if name == "flux" else made
+
+
+def compiled(network):
+    return torch.compile(network, backend="eager")
+
+
+def offloaded(network):
+    accelerate.cpu_offload(network, execution_device="cpu")
+    return network
+
+
+def model_offloaded(network):
+    accelerate.cpu_offload_with_hook(network, "cpu")
+    return network
