@@ -1,10 +1,11 @@
-"""Metrics and extractors as a command line writes them: ``kid:subset_size=100``, ``reward:clip_score``."""
+"""Metrics, extractors and lists as a command line writes them: ``kid:subset_size=100``, ``reward:clip_score``."""
 
 import inspect
 import re
 from typing import TypeVar
 
 from genkit.registry import lookup
+from genkit.step_annealing import KINDS, StepAnnealer
 
 T = TypeVar("T")
 
@@ -57,4 +58,23 @@ def split(text: str) -> list[str]:
             found[-1] += "," + part
         else:
             found.append(part.strip())
+    return found
+
+
+def several_steps(text: str) -> list[int | StepAnnealer]:
+    """``1,4,linear:hi=50,lo=5`` is three: numbers of steps, and how those of a diffusion head fall.
+
+    Raises:
+        ValueError: one that is neither.
+    """
+    from genkit.pipelines.by_name import parse_steps
+
+    found: list[int | StepAnnealer] = []
+    for part in split(text):
+        if part.partition(":")[0] not in KINDS and not re.fullmatch(r"[-+]?\d+", part):
+            raise ValueError(
+                f"steps={part!r}: expected whole numbers, separated by commas, or how those of a diffusion head fall, "
+                "as linear:hi=50,lo=5"
+            )
+        found.append(parse_steps(part))
     return found

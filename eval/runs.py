@@ -138,8 +138,10 @@ def telling(settings: Sequence[Mapping[str, Any]]) -> list[str]:
     A run of which nothing is known, as of a folder of images, makes none of them differ.
     """
 
-    def values(key: str) -> set[Any]:
-        return {one.get(key) for one in settings if one.get(key) is not None or (key == "guider" and any(one.values()))}
+    def values(key: str) -> list[Any]:
+        known = [one for one in settings if one.get(key) is not None or (key == "guider" and any(one.values()))]
+        found = [one.get(key) for one in known]
+        return [value for i, value in enumerate(found) if value not in found[:i]]  # some may be lists
 
     return [key for key in dict.fromkeys(key for one in settings for key in one) if len(values(key)) > 1]
 

@@ -25,11 +25,11 @@ from genkit.eval.sweep_folder import SweepFolder, model_identity, reference_iden
 from genkit.eval.sweep_progress import Progress
 from genkit.eval.sweep_table import check_table, show_table, table
 from genkit.pipelines.base import DenoiserPipeline
-from genkit.pipelines.by_name import parse_settings, parse_steps
+from genkit.pipelines.by_name import parse_settings
 from genkit.pipelines.commands import DTYPES, load_any
 from genkit.pipelines.numbered import num_classes
 from genkit.registry import unknown
-from genkit.step_annealing import KINDS, StepAnnealer
+from genkit.step_annealing import StepAnnealer
 
 
 class Sweep:
@@ -243,15 +243,15 @@ def main(
     Raises:
         ValueError, FileNotFoundError: as :class:`Sweep`; at the end, where a cell has no result.
     """
-    from genkit.eval.by_name import split
+    from genkit.eval.by_name import several_steps, split
 
     written = {"json": json_path, "csv": csv_path, "html": html_path}
     for name, path in written.items():
         if path is not None and not path.absolute().parent.is_dir():
             raise ValueError(f"{name}={str(path)!r}: the folder {path.absolute().parent} does not exist")
     axes: dict[str, Any] = {
-        "steps": [] if steps is None else [_steps(text) for text in split(steps)],
-        "guidance": [_number("guidance", text, float) for text in guidance.split(",")],
+        "steps": [] if steps is None else several_steps(steps),
+        "guidance": [_scale(text) for text in guidance.split(",")],
         "guiders": [] if guider is None else split(guider),
         "schedulers": [] if scheduler is None else split(scheduler),
         "over": _over(over),
@@ -273,10 +273,6 @@ def main(
     return found
 
 
-def _steps(text: str) -> int | StepAnnealer:
-    return parse_steps(text) if text.partition(":")[0] in KINDS else _number("steps", text, int)
-
-
 def _over(text: str) -> dict[str, Sequence[Any]]:
     axes = parse_settings("over", text)
     for name, values in axes.items():
@@ -287,9 +283,8 @@ def _over(text: str) -> dict[str, Sequence[Any]]:
     return axes
 
 
-def _number(axis: str, text: str, kind: type) -> Any:
+def _scale(text: str) -> float:
     try:
-        return kind(text)
+        return float(text)
     except ValueError:
-        what = "whole numbers" if kind is int else "numbers"
-        raise ValueError(f"{axis}={text.strip()!r}: expected {what}, separated by commas") from None
+        raise ValueError(f"guidance={text.strip()!r}: expected numbers, separated by commas") from None

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 
 from genkit.eval.asked import Asked, matched
+from genkit.eval.by_name import several_steps
 from genkit.eval.directions import better
 from genkit.eval.extractors.base import get_extractor
 from genkit.eval.inputs import ImageSet
@@ -20,6 +21,7 @@ from genkit.eval.metrics.base import FeatureSet, get_metric
 from genkit.eval.processes import rank_and_count
 from genkit.eval.run import NoImages, evaluate, measure
 from genkit.eval.sources import open_set
+from genkit.step_annealing import StepAnnealer, as_written
 from genkit.training import checkpoint
 from genkit.training.build import Run, build
 from genkit.training.config import TrainConfig
@@ -59,7 +61,7 @@ class Watch:
         run_dir: str | Path,
         reference: Any,
         *,
-        steps: Sequence[int] = (),
+        steps: Sequence[int | StepAnnealer] = (),
         metrics: Sequence[str] | None = None,
         extractor: str = "digits",
         n: int | None = None,
@@ -69,7 +71,7 @@ class Watch:
         device: torch.device | str = "cpu",
     ):
         self.run_dir, self.seed = Path(run_dir), seed
-        self.steps: list[int | None] = list(dict.fromkeys(steps)) or [None]
+        self.steps: list[int | StepAnnealer | None] = list(dict.fromkeys(steps)) or [None]
         if not self.run_dir.is_dir():
             raise FileNotFoundError(f"run_dir={str(run_dir)!r}: no such folder")
         if rank_and_count()[1] > 1 or int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -80,7 +82,7 @@ class Watch:
             ("n", [2 if n is None else n], 2),
         ):
             for value in values:
-                if value < least:
+                if isinstance(value, int) and value < least:
                     raise ValueError(f"{name}={value}: must be at least {least}")
         if best is not None and better(best) is None:
             raise ValueError(f"best={best!r}: of no value of this name is it known which way it is better")
@@ -109,11 +111,11 @@ class Watch:
     # -- the checkpoints -----------------------------------------------------------------------------------------
 
     @property
-    def pending(self) -> list[tuple[int, Path, int | None]]:
+    def pending(self) -> list[tuple[int, Path, int | StepAnnealer | None]]:
         """What is there and not evaluated: step, folder and number of inference steps, oldest first."""
         done = {(row["step"], row["num_inference_steps"]) for row in self.rows}
         there = checkpoint.found(self.run_dir).items()
-        return [(step, path, k) for step, path in there for k in self.steps if (step, k) not in done]
+        return [(step, path, k) for step, path in there for k in self.steps if (step, as_written(k)) not in done]
 
     def once(self) -> list[dict[str, Any]]:
         """Evaluate what is pending; a checkpoint that goes away meanwhile is left out. Returns the new rows."""
@@ -162,7 +164,7 @@ class Watch:
                 return
             time.sleep(poll)
 
-    def _evaluate(self, step: int, path: Path, k: int | None) -> dict[str, Any]:
+    def _evaluate(self, step: int, path: Path, k: int | StepAnnealer | None) -> dict[str, Any]:
         run = self._load(path)
         name = f"{self.run_dir.name}/{path.name}"
         if self.real is None:
@@ -184,8 +186,14 @@ class Watch:
         )
         return self._row(step, path, k, result.model_dump(mode="json"))
 
-    def _row(self, step: int, path: Path, k: int | None, found: dict[str, Any]) -> dict[str, Any]:
-        return {"step": step, "checkpoint": path.name, "num_inference_steps": k, **found, "settings": self.settings}
+    def _row(self, step: int, path: Path, k: int | StepAnnealer | None, found: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "step": step,
+            "checkpoint": path.name,
+            "num_inference_steps": as_written(k),
+            **found,
+            "settings": self.settings,
+        }
 
     @property
     def _asked(self) -> Asked:
@@ -287,10 +295,7 @@ def main(
     """
     if not poll > 0:
         raise ValueError(f"poll={poll}: must be more than 0 seconds")
-    try:
-        counts = [int(text) for text in steps.split(",")] if steps is not None else []
-    except ValueError:
-        raise ValueError(f"steps={steps!r}: expected whole numbers, separated by commas") from None
+    counts = [] if steps is None else several_steps(steps)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     logger.setLevel(logging.WARNING if quiet else logging.INFO)
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")

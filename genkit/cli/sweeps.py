@@ -115,7 +115,11 @@ def watch(
     run_dir: Annotated[Path, typer.Argument(help="The output_dir of a training, running or ended.")],
     reference: Reference,
     steps: Annotated[
-        str | None, typer.Option(help="Numbers of inference steps: 1,4. By default the recipe's own for samples.")
+        str | None,
+        typer.Option(
+            help="Numbers of inference steps: 1,4; of a diffusion head also falling ones: 20,linear:hi=50,lo=5. By "
+            "default the recipe's own for samples."
+        ),
     ] = None,
     metrics: MetricNames = None,
     extractor: Annotated[str, typer.Option(help="Feature extractor.")] = "digits",

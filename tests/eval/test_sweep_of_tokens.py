@@ -16,6 +16,7 @@ from genkit.eval.inputs import drawn, read_images
 from genkit.eval.page import main as write_page
 from genkit.eval.result import Result
 from genkit.eval.run import evaluate
+from genkit.eval.runs import telling
 from genkit.eval.selection import rank_rows
 from genkit.eval.sweep import main
 from genkit.networks.gpt import GPT
@@ -126,6 +127,10 @@ def test_the_command(mar, tmp_path):
     assert {(row["steps"], row["num_ar_steps"]) for row in rows} == axes
     result = Result.load(next(tmp_path.glob("sweep/cells/linear*/result.json")))
     assert result.made_with["temperature"] == 0.9
+
+
+def test_settings_that_are_lists_tell_cells_apart():
+    assert telling([{"a": [1], "b": [1]}, {"a": [1, 2], "b": [1]}]) == ["a"]
 
 
 REFUSED = [

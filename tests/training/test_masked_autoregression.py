@@ -1,5 +1,6 @@
 """Training by masked autoregression: what is masked, the bound of the variance, the pipeline that comes of it."""
 
+import json
 import math
 
 import pytest
@@ -8,7 +9,9 @@ import yaml
 from diffusers import AutoencoderKL
 from torch import nn
 from torch.distributions import Normal, kl_divergence
+from typer.testing import CliRunner
 
+from genkit import cli
 from genkit.denoisers.base import Condition
 from genkit.gaussian_chain import GaussianChain
 from genkit.masked_autoregressive import MaskedAutoregressive
@@ -154,8 +157,16 @@ def test_what_was_trained_is_a_pipeline_that_draws(toys, tmp_path):
 def test_calls_of_the_head_are_counted_where_a_run_is_watched(toys, tmp_path):
     changes = dict(model=MODEL, objective=dict(name="masked_autoregressive"), max_train_steps=1, checkpointing_steps=1)
     toys.run(toys.digits(tmp_path, **changes))
-    (row,) = Watch(tmp_path, "digits", n=20, steps=[3], metrics=["contrast"]).once()
-    assert (row["nfe"], row["head_calls"]) == (16, 16 * 3)  # a token a step
+    watch = Watch(tmp_path, "digits", n=20, steps=[3, StepAnnealer(4, 2, "two_stage")], metrics=["contrast"])
+    found = [(row["num_inference_steps"], row["nfe"], row["head_calls"]) for row in watch.once()]
+    assert found == [(3, 16, 16 * 3), ("two_stage:hi=4,lo=2", 16, 8 * 4 + 8 * 2)]  # a token a step
+    command = f"eval watch {tmp_path} digits --once --steps 3,two_stage:hi=4,lo=2,linear:budget=48,lo=2 -n 20"
+    done = CliRunner().invoke(cli.app, [*command.split(), "--metrics", "contrast", "--device", "cpu"])
+    assert done.exit_code == 0, done.output
+    told = [
+        json.loads(line)["num_inference_steps"] for line in (tmp_path / "evaluation.jsonl").read_text().splitlines()
+    ]
+    assert told == [3, "two_stage:hi=4,lo=2", "linear:budget=48,lo=2"]  # the first two were there
 
 
 def test_pictures_are_learned_as_latents(toys, tmp_path):
