@@ -91,3 +91,15 @@ def test_as_one_process(name, both):
 def test_rows_that_differ_in_number(both):
     rows = both[1]
     assert rows[0]["rows"] == rows[1]["rows"] == [[0, 1], [10, 11], [12, 13]]
+
+
+def test_counts_on_a_cpu_are_sent_from_the_gpu_where_the_backend_knows_gpus_alone(monkeypatch):
+    moved = []
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    monkeypatch.setattr(dist, "all_reduce", lambda x: x.mul_(2))
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda self: moved.append(self) or self.clone())
+    for backend, sent in (("gloo", 0), ("nccl", 1)):
+        monkeypatch.setattr(dist, "get_backend", lambda backend=backend: backend)
+        usage = CodeUsage(3).update(torch.tensor([0, 2, 2]))
+        assert usage.gather().counts.tolist() == [2, 0, 4] and usage.counts.tolist() == [1, 0, 2]
+        assert len(moved) == sent
