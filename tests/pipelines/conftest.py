@@ -4,7 +4,9 @@ import sys
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from genkit.cli import app
 from genkit.testing import tiny
 
 SCALE = {"flux": "true_cfg_scale"}
@@ -34,3 +36,31 @@ def fresh_process():
         return json.loads(done.stdout.splitlines()[-1])
 
     return run
+
+
+@pytest.fixture
+def sampled_with(tmp_path):
+    """``check(pipe, folder, *asked)``: ``genkit sample`` takes none, all and two halves of the adapter in ``folder``.
+
+    Returns the command up to its output folder; one with the whole adapter is ``tmp_path / "one"``.
+    """
+
+    def check(pipe, folder, *asked):
+        pipe.save_pretrained(tmp_path / "model")
+        arguments = ["sample", str(tmp_path / "model"), "--steps", "2", "--quiet", *asked, "--output"]
+
+        def files(output, *more):
+            result = CliRunner().invoke(app, [*arguments, str(output), *more])
+            assert result.exit_code == 0, result.output
+            return [p.read_bytes() for p in sorted(output.rglob("grid.png"))]
+
+        plain = files(tmp_path / "plain")
+        assert files(tmp_path / "none", "--adapter", f"{folder}=0") == plain
+        one = files(tmp_path / "one", "--adapter", str(folder))
+        assert one != plain
+        assert files(tmp_path / "halves", "--adapter", f"{folder}=0.5", "--adapter", f"{folder}=0.5") == one
+        settings = json.loads((tmp_path / "halves" / "settings.json").read_text())
+        assert settings["adapters"] == [[str(folder), 0.5]] * 2
+        return arguments
+
+    return check

@@ -1,7 +1,5 @@
 """LoRAs in genkit's pipelines: what they add, that they add up, and that nothing of them stays."""
 
-import json
-
 import diffusers
 import pytest
 import torch
@@ -142,25 +140,10 @@ def test_loras_of_another_hand_are_left_alone(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["digits", "sd15"])
-def test_command(kind, tmp_path):
+def test_command(kind, tmp_path, sampled_with):
     folder = adapter(tmp_path / "a", kind)
-    model = make(kind)
-    model.save_pretrained(tmp_path / "model")
     asked = ["--prompt", "a cat"] if kind == "sd15" else ["--labels", "3"]
-    arguments = ["sample", str(tmp_path / "model"), "--steps", "2", "--quiet", *asked, "--output"]
-
-    def files(output, *more):
-        result = CliRunner().invoke(app, [*arguments, str(output), *more])
-        assert result.exit_code == 0, result.output
-        return [p.read_bytes() for p in sorted(output.rglob("grid.png"))]
-
-    plain = files(tmp_path / "plain")
-    assert files(tmp_path / "none", "--adapter", f"{folder}=0") == plain
-    one = files(tmp_path / "one", "--adapter", str(folder))
-    assert one != plain
-    assert files(tmp_path / "halves", "--adapter", f"{folder}=0.5", "--adapter", f"{folder}=0.5") == one
-    settings = json.loads((tmp_path / "halves" / "settings.json").read_text())
-    assert settings["adapters"] == [[str(folder), 0.5]] * 2
+    arguments = sampled_with(make(kind), folder, *asked)
     result = CliRunner().invoke(app, [*arguments, str(tmp_path / "one"), "--adapter", f"{folder}=2"])
     assert "holds images made with {'adapters'" in str(result.exception)
 

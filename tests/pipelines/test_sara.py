@@ -1,14 +1,10 @@
 """SaRAs in genkit's pipelines: loaded by themselves or beside LoRAs, added up, gone without a trace."""
 
-import json
-
 import diffusers
 import pytest
 import torch
-from typer.testing import CliRunner
 
 from genkit.adapters import mix_adapters
-from genkit.cli import app
 from genkit.denoisers import from_pipeline
 from genkit.networks.dit import DiT
 from genkit.pipelines import ClassConditionalPipeline, TextToImagePipeline
@@ -142,20 +138,5 @@ def test_refusals_change_nothing(tmp_path):
         pipe.load_adapter(a)
 
 
-def test_command(tmp_path):
-    folder = adapter(tmp_path / "a", "digits")
-    make("digits").save_pretrained(tmp_path / "model")
-    arguments = ["sample", str(tmp_path / "model"), "--steps", "2", "--quiet", "--labels", "3", "--output"]
-
-    def files(output, *more):
-        result = CliRunner().invoke(app, [*arguments, str(output), *more])
-        assert result.exit_code == 0, result.output
-        return [p.read_bytes() for p in sorted(output.rglob("grid.png"))]
-
-    plain = files(tmp_path / "plain")
-    assert files(tmp_path / "none", "--adapter", f"{folder}=0") == plain
-    one = files(tmp_path / "one", "--adapter", str(folder))
-    assert one != plain
-    assert files(tmp_path / "halves", "--adapter", f"{folder}=0.5", "--adapter", f"{folder}=0.5") == one
-    settings = json.loads((tmp_path / "halves" / "settings.json").read_text())
-    assert settings["adapters"] == [[str(folder), 0.5]] * 2
+def test_command(tmp_path, sampled_with):
+    sampled_with(make("digits"), adapter(tmp_path / "a", "digits"), "--labels", "3")
