@@ -1,6 +1,7 @@
 """Sweeps over networks that draw tokens: their own settings are axes."""
 
 import json
+import shlex
 
 import pytest
 import torch
@@ -14,14 +15,16 @@ from genkit.eval.cells import cells
 from genkit.eval.generated import generated_images
 from genkit.eval.inputs import drawn, read_images
 from genkit.eval.page import main as write_page
+from genkit.eval.reproduce import run_command
 from genkit.eval.result import Result
 from genkit.eval.run import evaluate
-from genkit.eval.runs import telling
+from genkit.eval.runs import read_runs, telling
 from genkit.eval.selection import rank_rows
 from genkit.eval.sweep import main
 from genkit.networks.gpt import GPT
 from genkit.networks.mar import MAR
 from genkit.pipelines.autoregressive import AutoregressivePipeline
+from genkit.pipelines.by_name import parse_settings
 from genkit.pipelines.masked_autoregressive import MaskedAutoregressivePipeline
 from genkit.step_annealing import StepAnnealer
 
@@ -100,6 +103,12 @@ def test_steps_of_a_mar(mar, tmp_path):
     assert len(ranked["rows"]) == 6
     page = write_page([tmp_path / "sweep"], tmp_path / "page.html", quiet=True).read_text()
     assert "linear:hi=6,lo=2" in page
+    commands = [run_command(one) for one in read_runs([tmp_path / "sweep"])[0]]
+    settings = {tuple(sorted(row.items())) for row in ({"num_ar_steps": 4, "guidance_scale": w} for w in (1.0, 3.0))}
+    found = [shlex.split(command) for command in commands]
+    told = [parse_settings("set", words[words.index("--set") + 1]) for words in found]
+    assert {tuple(sorted(one.items())) for one in told} == settings
+    assert {words[words.index("--steps") + 1] for words in found} == {"6", *texts[1:]}
 
 
 def test_what_guidance_alone_reads_is_one_cell_without(mar):
