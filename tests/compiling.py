@@ -77,10 +77,11 @@ def compile_one(kernel, arguments: dict, options: dict, arch: int) -> dict:
 
 def _type(value, path: tuple, constants: dict, hints: dict):
     import torch
+    import triton
 
     if isinstance(value, tuple):
         return tuple(_type(x, (*path, i), constants, hints) for i, x in enumerate(value))
-    if value is None or (isinstance(value, int) and value == 1):
+    if value is None or isinstance(value, triton.language.constexpr) or (isinstance(value, int) and value == 1):
         constants[path] = value
         return "constexpr"
     if isinstance(value, torch.Tensor):

@@ -71,15 +71,16 @@ def view(x: Tensor | None, unit: int = 1) -> tuple | None:
 
 
 def grid_view(x: Tensor | None) -> tuple | None:
-    """``(pointer, batch, head, row, key stride, far)`` of a mask or bias: strides are 0 where it is broadcast.
+    """``(pointer, batch, head, row, key stride, rows, far)`` of a mask or bias; strides are 0 where it is broadcast.
 
-    That of rows is then ``None``: a vector of keys. ``far``: whether offsets in a head exceed 32 bits, else ``None``.
+    What is compiled for: ``rows``, whether it has some and is no vector of keys; ``far``, whether offsets in a head
+    exceed 32 bits. No ``None`` can say so: Triton 3.6 compares no tuple with ``None`` that has one.
     """
     if x is None:
         return None
     b, h, m, n = (0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True))
     far = (x.shape[2] - 1) * m + (x.shape[3] - 1) * n >= 2**31
-    return (x.view(torch.uint8) if x.dtype == torch.bool else x), b, h, m or None, n, 1 if far else None
+    return (x.view(torch.uint8) if x.dtype == torch.bool else x), b, h, m, n, tl.constexpr(m != 0), tl.constexpr(far)
 
 
 def rows_like(q: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
@@ -211,9 +212,9 @@ def grid(x, batch, index, row, key, M, N):
     """
     at = x[0] + batch.to(tl.int64) * x[1] + index.to(tl.int64) * x[2]
     inside = key < N
-    if x[5] is not None:
+    if x[6]:
         row, key = row.to(tl.int64), key.to(tl.int64)
-    if x[3] is not None:
+    if x[5]:
         at = at + (row * x[3] + key * x[4])
         inside = inside & (row < M)
     else:

@@ -113,7 +113,7 @@ def launches(
     unit = _tiles.unit(*of_keys.values(), *of_values.values())
     chosen, width = choose(wide, d, dv, with_tangent, shared)
     grids = {name: _tiles.grid_view(x) for name, x in dict(mask=mask, bias=bias, tbias=tbias).items()}
-    if any(x is not None and x[3] is not None for x in grids.values()):  # their entries take registers, too
+    if any(x is not None and x[5] for x in grids.values()):  # their entries take registers, too
         chosen = chosen._replace(keys=max(16, min(chosen.keys // 2, 32)))
     tile = tile or (Tile(64, 64, 4, 1) if interpreted() else chosen)
     d_low, d_high = _tiles.split(d)
