@@ -47,6 +47,10 @@ def test_usual_sizes_keep_to_registers():
     check([case(90, 64, 0), case(90, 64, 1), case(90, 72, 2)], spilled=128)
 
 
+def test_masks_and_biases_compile():
+    check([case(90, 64, 2, mask=True, bias=[1, 16, 1000, 1])], spilled=2048, serialised=True)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", [80, 90])
 def test_sums_keep_to_registers(arch):

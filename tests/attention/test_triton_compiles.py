@@ -56,6 +56,12 @@ def test_absent_tangents_cost_no_dots():
     assert [6 * x["wgmma"] / found[0]["wgmma"] for x in found] == [6, 4, 5, 2]
 
 
+def test_masks_and_biases_compile():
+    """Of keys and of every entry: versions of Triton differ in what they compare with None."""
+    for x in compiled("tests.attention.test_triton_compiles", [case(90, 64, "tangent", mask=True, dense=True)]):
+        assert x["wgmma"] and x["shared"] <= SHARED[90], x
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", [80, 90])
 def test_other_sizes_spill_little(arch):
