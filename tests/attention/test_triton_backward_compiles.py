@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from torch.torch_version import TorchVersion
 
 pytest.importorskip("triton")
+
+import triton
 
 from tests.compiling import SHARED, compiled
 
@@ -44,7 +47,8 @@ def case(arch, d, which, dtype="bfloat16", **more):
 
 def test_usual_sizes_keep_to_registers():
     """But for addresses, which are written once and read again: 112 bytes by Triton 3.6, 24 by 3.9."""
-    check([case(90, 64, 0), case(90, 64, 1), case(90, 72, 2)], spilled=128)
+    old = TorchVersion(triton.__version__) < "3.7"
+    check([case(90, 64, 0), case(90, 64, 1), case(90, 72, 2)], spilled=128 if old else 32)
 
 
 def test_masks_and_biases_compile():
